@@ -1,0 +1,13 @@
+// The kernels compiled for portable. Only this file gets that instruction set's compiler flags.
+#include "cpu/simd_portable.hpp"
+// Simd must be known first.
+#include "cpu/attention_kernels.hpp"
+
+namespace effc::cpu {
+
+const Kernels& portable_kernels() {
+  static constexpr Kernels kernels = {Simd::kName, attend_tile, attend_few, multiply_add_rounds};
+  return kernels;
+}
+
+}  // namespace effc::cpu

@@ -1,0 +1,64 @@
+// What the shared library exports: the entry point that ONNX Runtime calls, and two functions for Python and
+// benchmarks.
+#include <cstdlib>
+#include <mutex>
+#include <string>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/ort_abi.hpp"
+#include "cpu/sparse_attention_op.hpp"
+
+#define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace effc;
+
+// "1.31.1" is at least 1.17.
+bool recent_enough(const std::string& version) {
+  const long major = std::strtol(version.c_str(), nullptr, 10);
+  const size_t dot = version.find('.');
+  const long minor = dot == std::string::npos ? 0 : std::strtol(version.c_str() + dot + 1, nullptr, 10);
+  return major > 1 || (major == 1 && minor >= 17);
+}
+
+}  // namespace
+
+// Registers effc's operators with the session that `options` will create.
+EFFC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const ort::Api* api = base->GetApi(ort::kApiVersion);
+  const std::string version = base->GetVersionString();
+  if (api == nullptr || !recent_enough(version)) {
+    // The first entry of the very first table is all that is needed to say so.
+    const std::string message = "effc's native library needs ONNX Runtime " + std::string(ort::kMinimumVersion) +
+                                " or newer and this is " + version +
+                                ". Upgrade onnxruntime, or run without the library (EFFC_NATIVE=0).";
+    return base->GetApi(1)->CreateStatus(ort::kNotImplemented, message.c_str());
+  }
+  // ONNX Runtime keeps a pointer to the domain for as long as any session lives, so it is never released; one is
+  // enough.
+  static std::mutex mutex;
+  static ort::CustomOpDomain* domain = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (domain == nullptr) {
+    ort::CustomOpDomain* created = nullptr;
+    if (ort::Status* status = api->CreateCustomOpDomain("effc", &created)) return status;
+    if (ort::Status* status = api->CustomOpDomain_Add(created, cpu::sparse_attention_op(*api))) return status;
+    domain = created;
+  }
+  return api->AddCustomOpDomain(options, domain);
+}
+
+// The instruction set that would run here: "avx512", "avx2" or "portable"; "" if EFFC_ISA cannot be met.
+EFFC_EXPORT const char* effc_isa() {
+  std::string problem;
+  const cpu::Kernels* kernels = cpu::choose_kernels(problem);
+  return kernels == nullptr ? "" : kernels->name;
+}
+
+// Runs multiply-adds from registers and returns the number of floating point operations: timed, the machine's peak.
+EFFC_EXPORT double effc_multiply_add_rounds(int64_t iterations) {
+  std::string problem;
+  const cpu::Kernels* kernels = cpu::choose_kernels(problem);
+  return kernels == nullptr ? 0.0 : kernels->multiply_add_rounds(iterations);
+}

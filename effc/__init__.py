@@ -1,0 +1,41 @@
+"""effc compiles Hugging Face Transformers to sparse attention and INT8, and proves what it did.
+
+>>> artifact = effc.compile("path/to/model", attention="local:256", quantization="int8", output="out")
+>>> model = effc.load("out")
+>>> outputs = model(**tokenizer(texts, return_tensors="np", padding=True))
+
+Importing the package is cheap, and :func:`load` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effc.compiler.bench import bench as bench
+    from effc.compiler.pipeline import Artifact as Artifact
+    from effc.compiler.pipeline import compile as compile
+    from effc.compiler.runtime import CompiledModel as CompiledModel
+    from effc.compiler.runtime import load as load
+    from effc.compiler.verify import verify as verify
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Artifact": "effc.compiler.pipeline",
+    "compile": "effc.compiler.pipeline",
+    "CompiledModel": "effc.compiler.runtime",
+    "load": "effc.compiler.runtime",
+    "verify": "effc.compiler.verify",
+    "bench": "effc.compiler.bench",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that a deployment that only loads never imports torch."""
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'effc' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(module), name)

@@ -1,0 +1,119 @@
+"""One model in one process, so that its peak memory and CPU time are its own: ``python -m effc.compiler.bench_worker``.
+
+Reads one JSON request per line from standard input and answers each with one JSON line on standard output:
+
+``{"command": "open", "model", "threads", "library", "inputs", "batch", "length", "seed"}`` -> ``{}``
+``{"command": "run", "seconds"}`` -> ``{"cpu_ms": [...], "wall_ms": [...]}``, at least one run and ``seconds`` of them
+``{"command": "profile", ...as open}`` -> ``{"events": [[node, operator, provider, dtype], ...], "metadata": {...}}``
+``{"command": "memory"}`` -> ``{"peak_rss_mib"}``
+
+Imports only ONNX Runtime, numpy and the standard library. Ends when its input ends, even in the middle of a run, so
+that no worker outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from effc.compiler.feeds import TensorSpec, random_inputs
+from effc.compiler.session import profile_kernels, session_options
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    # A library that prints must not break the protocol: whatever goes to standard output lands on standard error.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    requests = _read_requests()
+    session: onnxruntime.InferenceSession | None = None
+    feeds: dict[str, Any] = {}
+    try:
+        while True:
+            request = requests.get()
+            answer: dict[str, Any]
+            match request["command"]:
+                case "open":
+                    options, feeds = _options(request), _feeds(request)
+                    session = onnxruntime.InferenceSession(
+                        request["model"], options, providers=["CPUExecutionProvider"]
+                    )
+                    feeds = {argument.name: feeds[argument.name] for argument in session.get_inputs()}
+                    answer = {}
+                case "run":
+                    assert session is not None
+                    answer = _run(session, feeds, request["seconds"])
+                case "profile":
+                    profile = profile_kernels(Path(request["model"]), _options(request), _feeds(request))
+                    answer = {"events": [astuple(event) for event in profile.events], "metadata": profile.metadata}
+                case "memory":
+                    answer = {"peak_rss_mib": _peak_rss_mib()}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _read_requests() -> queue.SimpleQueue[dict[str, Any]]:
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            requests.put(json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return requests
+
+
+def _options(request: dict[str, Any]) -> onnxruntime.SessionOptions:
+    options = session_options(request["threads"], spinning=False)
+    if request["library"]:
+        options.register_custom_ops_library(request["library"])
+    return options
+
+
+def _feeds(request: dict[str, Any]) -> dict[str, Any]:
+    specs = [TensorSpec.from_json(values) for values in request["inputs"]]
+    return random_inputs(specs, batch=request["batch"], length=request["length"], seed=request["seed"])
+
+
+def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Any], seconds: float) -> dict[str, list[float]]:
+    cpu_ms: list[float] = []
+    wall_ms: list[float] = []
+    end = time.perf_counter() + seconds
+    while not wall_ms or time.perf_counter() < end:
+        cpu, wall = time.process_time(), time.perf_counter()
+        session.run(None, feeds)
+        wall_ms.append((time.perf_counter() - wall) * 1e3)
+        cpu_ms.append((time.process_time() - cpu) * 1e3)
+    return {"cpu_ms": cpu_ms, "wall_ms": wall_ms}
+
+
+def _peak_rss_mib() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    try:
+        # Not ru_maxrss: on Linux a process inherits that from the one that started it.
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Valid inputs for a model: example batches for export and probing, and what of their shape may vary.
+
+The encoder part only: an encoder-decoder is compiled as its encoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from effc.compiler.manifest import TensorRecord
+from effc.errors import SourceModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from effc.compiler.source import SourceModel
+
+BATCH, SEQUENCE = "batch", "sequence"
+_SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def input_names(source: SourceModel) -> tuple[str, ...]:
+    """The inputs that the compiled graph takes, in the order in which they are written down everywhere."""
+    if source.task.modality != "text":
+        return (source.model.main_input_name,)
+    return (*_SEQUENCE_INPUTS,) if _takes_token_types(source) else _SEQUENCE_INPUTS[:2]
+
+
+def example_inputs(source: SourceModel, batch: int = 2, length: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs that the model accepts, the same for the same seed.
+
+    Text: ``input_ids`` (drawn from the ordinary tokens), ``attention_mask`` of ones and, where the model takes them,
+    ``token_type_ids`` (two segments), all int64 ``[batch, length]``. Images and audio have the size the config fixes,
+    so ``length`` has no effect: ``pixel_values`` ``[batch, channels, height, width]``, ``input_features``
+    ``[batch, mels, frames]``, fp32.
+
+    Raises:
+        SourceModelError: if ``length`` exceeds the positions of the model.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    if source.task.modality != "text":
+        shape = (batch, *_fixed_shape(source))
+        return {source.model.main_input_name: torch.randn(shape, generator=generator)}
+    if source.max_length is not None and length > source.max_length:
+        raise SourceModelError(
+            f"{length} tokens are more than the {source.max_length} positions of the model.", "Choose a shorter length."
+        )
+    ordinary = torch.tensor(ordinary_tokens(source))
+    values = {
+        "input_ids": ordinary[torch.randint(len(ordinary), (batch, length), generator=generator)],
+        "attention_mask": torch.ones((batch, length), dtype=torch.int64),
+        "token_type_ids": (torch.arange(length) >= (length + 1) // 2).long().repeat(batch, 1),
+    }
+    if getattr(source.config, "type_vocab_size", 1) == 1:
+        values["token_type_ids"].zero_()
+    return {name: values[name] for name in input_names(source)}
+
+
+def ragged_inputs(
+    source: SourceModel, lengths: Sequence[int], side: Literal["left", "right"] = "right", seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """One random sequence for each of ``lengths``, padded to the longest on ``side``.
+
+    Padding positions hold the padding token, mask 0 and segment 0. Models without padding (images, audio) get a plain
+    batch of ``len(lengths)``.
+    """
+    import torch
+
+    longest = max(lengths)
+    inputs = example_inputs(source, len(lengths), longest, seed)
+    if source.task.modality != "text":
+        return inputs
+    position, count = torch.arange(longest), torch.tensor(lengths)[:, None]
+    real = position >= longest - count if side == "left" else position < count
+    fill = {"input_ids": padding_token(source)}
+    return {name: torch.where(real, value, fill.get(name, 0)) for name, value in inputs.items()}
+
+
+def token_mask(inputs: Mapping[str, Any]) -> Any | None:
+    """The mask of real tokens ``[batch, length]`` among ``inputs``, or None where nothing is padded."""
+    return inputs.get("attention_mask")
+
+
+def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """Which axes of each input may vary: ``batch`` of all, ``sequence`` of token inputs."""
+    return {name: {0: BATCH, 1: SEQUENCE} if name in _SEQUENCE_INPUTS else {0: BATCH} for name in inputs}
+
+
+def graph_inputs(source: SourceModel) -> list[TensorRecord]:
+    """Name, type, symbolic shape and largest value of every input of the compiled graph."""
+    inputs = example_inputs(source, batch=1, length=2)
+    axes = dynamic_axes(inputs)
+    maximum = {
+        "input_ids": _vocabulary(source) - 1 if source.task.modality == "text" else None,
+        "attention_mask": 1,
+        "token_type_ids": (getattr(source.config, "type_vocab_size", 0) or 1) - 1,
+    }
+    return [
+        TensorRecord(
+            name=name,
+            dtype=str(value.dtype).removeprefix("torch."),
+            shape=[axes[name].get(axis, size) for axis, size in enumerate(value.shape)],
+            maximum=maximum.get(name),
+        )
+        for name, value in inputs.items()
+    ]
+
+
+def padding_token(source: SourceModel) -> int:
+    """The id to fill padding with. Any will do where the model defines none, since the mask hides it."""
+    for owner in (source.processor, source.config):
+        value = getattr(owner, "pad_token_id", None)
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0
+
+
+def ordinary_tokens(source: SourceModel) -> list[int]:
+    """All token ids but the special ones, such as padding, which some models treat in a way of their own."""
+    size = _vocabulary(source)
+    special = set(getattr(source.processor, "all_special_ids", ()))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
+        value = getattr(source.config, name, None)
+        special.update(value if isinstance(value, (list, tuple)) else [value])
+    # A tokenizer may know fewer tokens than the table, which is often rounded up with rows that were never trained.
+    known = len(source.processor) if source.processor is not None else size
+    return [token for token in range(min(size, known)) if token not in special] or list(range(size))
+
+
+def _vocabulary(source: SourceModel) -> int:
+    """Rows of the embedding table."""
+    table: Any = source.model.get_input_embeddings()
+    return int(table.weight.shape[0])
+
+
+def _takes_token_types(source: SourceModel) -> bool:
+    """Whether segments are an input: the model must accept them, and its tokenizer, if there is one, produce them."""
+    if "token_type_ids" not in inspect.signature(source.model.forward).parameters:
+        return False
+    segments = getattr(source.config, "type_vocab_size", 0) or 0
+    if source.processor is None:
+        return segments > 1
+    return segments > 0 and "token_type_ids" in source.processor.model_input_names
+
+
+def _fixed_shape(source: SourceModel) -> tuple[int, ...]:
+    """The shape of one image or one stretch of audio, without the batch."""
+    config = source.config
+    if source.task.modality == "images":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        return config.num_channels, height, width
+    # The convolutions before the encoder halve the frames once.
+    return config.num_mel_bins, 2 * config.max_source_positions

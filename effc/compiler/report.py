@@ -1,0 +1,415 @@
+"""``report.html``: one self-contained file that says whether a compile paid off, and how that is known.
+
+All of it comes from the manifest. A reader with a latency budget sees the verdict first, a loss as plainly as a gain.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from effc.compiler import report_plots as plots
+from effc.compiler.manifest import AttentionLayer, BenchRecord, FileRecord, Manifest, PassRecord, Timing, VerifyRecord
+from effc.compiler.recipe import build_recipe
+from effc.errors import EffcError, OutputError
+from effc.plugins.pattern import Pattern, parse_pattern
+
+State = Literal["win", "even", "loss", "missed", "unknown"]
+
+# Within 3 % of 1, repeated measurements on a shared machine do not agree which model is faster.
+EVEN_BAND = 0.03
+UNMEASURED = "Not measured: run `effc bench OUT`."
+UNVERIFIED = "Not measured: run `effc verify OUT`."
+LIST_LIMIT = 300  # names per expandable list; effc.json has them all
+
+# The recipe keys that have a flag of their own; any other change from the defaults needs `--recipe`.
+FLAGS = {
+    "attention.pattern": "--attn",
+    "quantization.mode": "--quant",
+    "target": "--target",
+    "model.task": "--task",
+    "model.revision": "--revision",
+    "require.min_speedup": "--require-speedup",
+    "require.max_quality_drop": "--max-quality-drop",
+}
+ALWAYS_SHOWN = ("attention.pattern", "quantization.mode")
+
+
+def write_report(manifest: Manifest, path: Path) -> None:
+    """Write the report of ``manifest`` to ``path``, replacing what is there only once the whole text is written.
+
+    Raises:
+        OutputError: if ``path`` cannot be written.
+    """
+    text = render_report(manifest)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"The report '{path}' cannot be written: {error.strerror or error}.",
+            "Check that its directory exists, is writable and has space left.",
+        ) from None
+
+
+def render_report(manifest: Manifest) -> str:
+    """The report as one HTML page that loads nothing from anywhere."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        number=number,
+        milliseconds=milliseconds,
+        seconds=seconds,
+        size=size,
+        times=times,
+        cosine=cosine,
+        percent=percent,
+        label=label,
+        memory=memory,
+    )
+    template = environment.from_string(files("effc.compiler").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    bench, verification = manifest.benchmark, manifest.verification
+    required = manifest.recipe.get("require") or {}
+    return template.render(
+        manifest=manifest,
+        name=PurePosixPath(manifest.source.path.rstrip("/")).name or manifest.source.path,
+        command=command_line(manifest.recipe, manifest.source.path),
+        recipe_yaml=yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
+        verdict=judge(manifest),
+        requirements=check_requirements(manifest),
+        explanations=explain(manifest),
+        model_bytes=model_bytes(manifest.files),
+        total_bytes=sum(file.bytes for file in manifest.files.values()),
+        source_bytes=4 * manifest.source.parameters,
+        weakest=weakest_output(verification) if verification else None,
+        longest=longest(bench) if bench else None,
+        required_speedup=required.get("min_speedup"),
+        timings=plots.timing_pairs(bench) if bench else [],
+        latency_figure=plots.latency(bench) if bench else None,
+        speedup_figure=plots.speedup(bench, required.get("min_speedup"))
+        if bench and plots.measured_lengths(bench)
+        else None,
+        memory_figure=plots.memory(bench) if bench and plots.measured_lengths(bench) else None,
+        probe_figure=plots.probe(manifest.passes),
+        probe_labels=[label for label, _ in plots.probe_series(manifest.passes)],
+        probe_worst=[(p.name, *worst_probe(p)) for p in manifest.passes if p.probe],
+        error_floor=plots.ERROR_FLOOR,
+        patterns=picture_patterns(manifest),
+        slowest_pass=max((p.seconds for p in manifest.passes), default=0.0),
+        quantizing=[p for p in manifest.passes if "quant" in p.name],
+        reasons=lambda p: Counter(skip.reason for skip in p.skipped).most_common(),
+        other_kernels={} if bench is None else unlisted_kernels(bench, manifest.attention),
+        count_kernels=lambda kernels: Counter(kernels.values()).most_common(),
+        list_limit=LIST_LIMIT,
+        unmeasured=UNMEASURED,
+        unverified=UNVERIFIED,
+    )
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first thing a reader sees. ``figure`` is the speed-up in large type."""
+
+    state: State
+    figure: str
+    headline: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What the recipe demanded and what was reached; ``met`` is None where it was not measured."""
+
+    label: str
+    wanted: str
+    reached: str
+    met: bool | None
+
+
+def judge(manifest: Manifest) -> Verdict:
+    """Speed at the longest measured length against the dense twin, in words that do not flatter."""
+    bench = manifest.benchmark
+    if bench is None or not (measured := longest(bench)):
+        return Verdict("unknown", "–", "Speed has not been measured", UNMEASURED)
+    length, dense, compiled = measured
+    speedup = bench.speedup[str(length)]
+    change = f"{milliseconds(dense.cpu_ms)} → {milliseconds(compiled.cpu_ms)} CPU time per run, median."
+    if speedup < 1 - EVEN_BAND:
+        headline = f"Slower than dense at {length:,} tokens: every run takes {(1 / speedup - 1):.0%} more CPU time"
+        return Verdict("loss", times(speedup), headline, change)
+    if speedup <= 1 + EVEN_BAND:
+        headline = f"No speed-up at {length:,} tokens: the difference is within the noise of the measurement"
+        return Verdict("loss" if speedup < 1 else "even", times(speedup), headline, change)
+    headline = f"Faster than dense at {length:,} tokens"
+    if any(requirement.met is False for requirement in check_requirements(manifest)):
+        return Verdict("missed", times(speedup), f"{headline}, but a requirement is missed", change)
+    return Verdict("win", times(speedup), headline, change)
+
+
+def check_requirements(manifest: Manifest) -> list[Requirement]:
+    """``--require-speedup`` and ``--max-quality-drop`` against the measurements; empty where none was set."""
+    wanted = manifest.recipe.get("require") or {}
+    result = []
+    if (speedup := wanted.get("min_speedup")) is not None:
+        bench = manifest.benchmark
+        measured = longest(bench) if bench else None
+        got = bench.speedup[str(measured[0])] if bench and measured else None
+        where = f"speed-up at {measured[0]:,} tokens" if measured else "speed-up"
+        reached = times(got) if got is not None else "not measured"
+        result.append(Requirement(where, f"≥ {speedup:g}×", reached, None if got is None else got >= speedup))
+    if (drop := wanted.get("max_quality_drop")) is not None:
+        verification = manifest.verification
+        label = f"quality drop ({verification.quality_metric})" if verification else "quality drop"
+        reached = number(verification.quality_drop) if verification else "not measured"
+        met = None if verification is None else verification.quality_drop <= drop
+        result.append(Requirement(label, f"≤ {drop:g}", reached, met))
+    return result
+
+
+def explain(manifest: Manifest) -> list[str]:
+    """Sentences on what the speed, or its absence, comes from; each is a fact of the manifest."""
+    result = []
+    bench = manifest.benchmark
+    measured = longest(bench) if bench else None
+    if bench and measured:
+        result.append(break_even_sentence(bench))
+        rewritten = Counter((layer.pattern, layer.causal) for layer in manifest.attention if layer.rewritten)
+        for (text, causal), count in rewritten.items():
+            if (pattern := readable_pattern(text)) is not None:
+                share = pattern.density(measured[0], causal)
+                effect = ", so there is next to nothing to save at this length" if share > 0.95 else ""
+                result.append(
+                    f"{text} ({_layers(count)}) sees {share:.1%} of the query-key pairs of dense attention at "
+                    f"{measured[0]:,} tokens{effect}."
+                )
+    if kept := [layer for layer in manifest.attention if not layer.rewritten]:
+        reasons = Counter(layer.reason or "no reason was recorded" for layer in kept).most_common()
+        listed = "; ".join(f"{reason} ({_layers(count)})" for reason, count in reasons[:4])
+        result.append(f"{len(kept)} of {_layers(len(manifest.attention))} kept their attention: {listed}.")
+    if (manifest.recipe.get("quantization") or {}).get("mode") == "none":
+        result.append("Nothing was quantized, so the linear layers run in fp32; --quant=int8 changes that.")
+    if bench and measured:
+        cpu, wall = bench.speedup[str(measured[0])], bench.speedup_wall.get(str(measured[0]))
+        if wall is not None and (wall < 1) != (cpu < 1):
+            result.append(f"The wall clock says otherwise, {times(wall)}: the machine was busy or threads stood idle.")
+    return result
+
+
+def break_even_sentence(bench: BenchRecord) -> str:
+    """From which length on the compiled model wins, in words."""
+    lengths = plots.measured_lengths(bench)
+    slower = [length for length in lengths if bench.speedup[str(length)] < 1]
+    if not slower:
+        return f"It is faster at every measured length ({_span(lengths)})."
+    if len(slower) == len(lengths):
+        return f"It is not faster at any measured length ({_span(lengths)})."
+    if bench.break_even_length is not None and max(slower) < bench.break_even_length:
+        return f"It breaks even at about {bench.break_even_length:,} tokens; for shorter sequences dense is faster."
+    return f"It is slower at {', '.join(f'{length:,}' for length in slower)} tokens."
+
+
+def longest(bench: BenchRecord) -> tuple[int, Timing, Timing] | None:
+    """``(length, dense, compiled)`` at the longest length at which both were measured."""
+    pairs = plots.timing_pairs(bench)
+    return pairs[-1] if pairs else None
+
+
+def weakest_output(verification: VerifyRecord) -> str | None:
+    """The output that deviates most; one that is not a number deviates more than any other."""
+    error = {name: deviation.relative_error for name, deviation in verification.outputs.items()}
+    return max(error, key=lambda name: math.inf if math.isnan(error[name]) else error[name], default=None)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def command_line(recipe: Mapping[str, Any], source: str) -> str:
+    """The ``effc compile`` command that gives this recipe; ``--recipe`` appears only where a flag does not suffice."""
+    given, defaults = _flat(recipe), _flat(build_recipe({}).model_dump(mode="json"))
+    flags, rest = [], False
+    for key, value in given.items():
+        if key == "model.path" or (value == defaults.get(key) and key not in ALWAYS_SHOWN):
+            continue
+        if key in FLAGS:
+            flags.append(f"{FLAGS[key]}={shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
+        else:
+            rest = True
+    flags.sort(key=lambda flag: list(FLAGS.values()).index(flag.split("=")[0]))
+    return " ".join(
+        ["effc compile", shlex.quote(source), *(["--recipe=recipe.yaml"] if rest else []), *flags, "-o OUT"]
+    )
+
+
+@dataclass(frozen=True)
+class PatternPicture:
+    """One distinct pattern with its picture and exact shares of dense attention's pairs."""
+
+    text: str
+    causal: bool
+    layers: int
+    image: str | None
+    covered: int
+    step: int
+    densities: list[tuple[int, float]]
+
+
+def picture_patterns(manifest: Manifest) -> list[PatternPicture]:
+    """A picture for each distinct (pattern, causality) that the compiled model runs."""
+    limit = manifest.source.max_length
+    lengths = manifest.benchmark.lengths if manifest.benchmark else []
+    lengths = sorted(lengths) or [n for n in (128, 512, 1024, 2048, 4096, 8192) if limit is None or n <= limit] or [128]
+    result = []
+    for (text, causal), count in Counter((layer.pattern, layer.causal) for layer in manifest.attention).items():
+        pattern = readable_pattern(text)
+        if pattern is None:
+            result.append(PatternPicture(text, causal, count, None, 0, 0, []))
+            continue
+        densities = [] if pattern.is_dense else [(length, pattern.density(length, causal)) for length in lengths]
+        result.append(PatternPicture(text, causal, count, *plots.visibility(pattern, causal, lengths[-1]), densities))
+    return result
+
+
+def readable_pattern(text: str) -> Pattern | None:
+    """The pattern, or None for one that a newer effc wrote: a report without its picture is better than none."""
+    try:
+        return parse_pattern(text)
+    except EffcError:
+        return None
+
+
+def worst_probe(record: PassRecord) -> tuple[str, float, float]:
+    """``(output, its relative error, its cosine)`` of the output with the largest error after this pass."""
+    assert record.probe
+    name = max(record.probe, key=lambda n: math.inf if math.isnan(e := record.probe[n].relative_error) else e)  # type: ignore[index]
+    return name, record.probe[name].relative_error, record.probe[name].cosine
+
+
+def unlisted_kernels(bench: BenchRecord, attention: list[AttentionLayer]) -> dict[str, str]:
+    """Kernels reported for something else than a layer of the attention table."""
+    layers = {layer.layer for layer in attention}
+    return {name: kernel for name, kernel in bench.kernels.items() if name not in layers}
+
+
+def model_bytes(artifact: Mapping[str, FileRecord]) -> int:
+    """Size of the graphs and their weights: ``*.onnx`` and the external data beside them."""
+    return sum(file.bytes for name, file in artifact.items() if ".onnx" in PurePosixPath(name).name)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
+def _span(lengths: list[int]) -> str:
+    if len(lengths) == 1:
+        return f"{lengths[0]:,} tokens"
+    return f"{lengths[0]:,} to {lengths[-1]:,} tokens"
+
+
+# --- figures with units --------------------------------------------------------------------------------------------
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A figure with ``digits`` significant digits, without exponents where a person would write none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}".replace("e-0", "e-")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def milliseconds(value: float) -> str:
+    """``12.3 ms``, ``4.56 s``."""
+    return f"{_fixed(value)} ms" if value < 10_000 else f"{_fixed(value / 1000)} s"
+
+
+def seconds(value: float) -> str:
+    """``340 ms``, ``12.3 s``, ``2 min 05 s``."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 100:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60} min {int(value) % 60:02d} s"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units, as file managers and disks count."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{_fixed(value)} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"
+
+
+def memory(mebibytes: float) -> str:
+    """``348 MiB``, ``1.20 GiB``: binary units, as memory is sold and as the figure beside it is drawn."""
+    return f"{mebibytes:,.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:,.2f} GiB"
+
+
+def times(value: float) -> str:
+    """A ratio, ``4.21×``; never rounded up to 1 from below."""
+    if 0.995 <= value < 1:
+        return f"{math.floor(value * 1000) / 1000:.3f}×"
+    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+
+
+def cosine(value: float) -> str:
+    """Four decimals, or as many as tell it from 1."""
+    if not math.isfinite(value):
+        return number(value)
+    return f"{value:.4f}" if 1 - value > 1e-4 or value >= 1 else f"{min(value, 1 - 1e-7):.7f}"
+
+
+def percent(value: float | None) -> str:
+    """A share of 1 as a percentage."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if math.isfinite(value) else number(value)
+
+
+def label(key: Any) -> str:
+    """A key of a record as a person would write it: ``memory_gib`` becomes ``memory GiB``."""
+    spelled = {"cpu": "CPU", "cpus": "CPUs", "gib": "GiB", "mib": "MiB", "isa": "ISA", "gpu": "GPU"}
+    return " ".join(spelled.get(word, word) for word in str(key).split("_"))
+
+
+def _fixed(value: float) -> str:
+    """Three significant digits, trailing zeros kept, so that columns line up."""
+    if not math.isfinite(value) or value == 0:
+        return number(value)
+    return f"{value:,.{min(6, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"

@@ -1,0 +1,241 @@
+"""The one hook through which effc reaches the attention of every model that uses transformers' AttentionInterface.
+
+``observe`` runs a model once and learns what each attention module sees; ``assign`` says what each shall compute from
+then on. In eager mode the hook computes the assigned pattern in torch; while torch exports, it emits one
+``effc::SparseAttention`` node per module. The mask interface hands on the plain 2-D padding mask, so that no
+length x length mask is ever built into a graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from effc.plugins.operator import AttentionGeometry, emit
+from effc.plugins.visibility import Visibility, read_mask_function
+
+IMPLEMENTATION = "effc"
+
+# Arguments that change what attention computes, which the operator does not know but the torch path below does.
+_UNSUPPORTED_ARGUMENTS = {
+    "position_bias": "it adds a relative position bias to the scores",
+    "softcap": "it caps the scores",
+}
+
+
+@dataclass
+class ObservedLayer:
+    """One attention module as seen in a forward run."""
+
+    name: str
+    module: torch.nn.Module
+    visibility: Visibility
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention module shall compute. ``geometry`` is None where the module keeps torch's own attention."""
+
+    name: str
+    visibility: Visibility
+    geometry: AttentionGeometry | None
+
+
+@dataclass
+class _Observation:
+    names: dict[torch.nn.Module, str]
+    layers: dict[torch.nn.Module, ObservedLayer] = field(default_factory=dict)
+    # Keeps each mask alive as long as its id is used as a key.
+    masks: dict[int, tuple[torch.Tensor, Visibility]] = field(default_factory=dict)
+
+
+_plans: weakref.WeakKeyDictionary[torch.nn.Module, LayerPlan] = weakref.WeakKeyDictionary()
+_observation: _Observation | None = None
+
+
+@contextmanager
+def _observing(observation: _Observation) -> Iterator[None]:
+    global _observation
+    _observation = observation
+    try:
+        yield
+    finally:
+        _observation = None
+
+
+def observe(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple[list[ObservedLayer], Any]:
+    """Switch the model to effc's attention and run it once, each module still computing what it always did.
+
+    Args:
+        model: a transformers model in eval mode.
+        inputs: keyword arguments of ``forward``.
+
+    Returns:
+        The attention modules that came through the hook, in execution order, and the model's outputs.
+    """
+    observation = _Observation({module: name for name, module in model.named_modules()})
+    model.set_attn_implementation(IMPLEMENTATION)
+    with _observing(observation), torch.no_grad():
+        outputs = model(**inputs)
+    return list(observation.layers.values()), outputs
+
+
+def assign(layers: Mapping[torch.nn.Module, LayerPlan]) -> None:
+    """Set what each attention module computes in eager mode and in an export."""
+    _plans.update(layers)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> torch.Tensor | None:
+    """The 2-D padding mask ``[batch, length]``; while observing, one that remembers the mask function."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:]
+    if _observation is None:
+        return attention_mask
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    remembered = attention_mask.clone()
+    _observation.masks[id(remembered)] = (remembered, read_mask_function(mask_function))
+    return remembered
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of the interface: ``[batch, heads, length, head_dim]`` in, ``[batch, length, heads, ...]`` out."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if _observation is not None:
+        visibility = _source_visibility(_observation, module, query, key, value, attention_mask, is_causal, kwargs)
+        if module not in _observation.layers:
+            _observation.layers[module] = ObservedLayer(
+                _observation.names.get(module, type(module).__name__),
+                module,
+                visibility,
+                query.shape[1],
+                key.shape[1],
+                query.shape[-1],
+                float(scale),
+            )
+        return _torch_attention(query, key, value, attention_mask, visibility, scale, kwargs), None
+    plan = _plans[module]
+    if plan.geometry is None:
+        return _torch_attention(query, key, value, attention_mask, plan.visibility, scale, kwargs), None
+    if torch.compiler.is_exporting():
+        return emit(plan.geometry, plan.name, query, key, value, attention_mask), None
+    visibility = Visibility(plan.geometry.causal, plan.geometry.pattern)
+    return _torch_attention(query, key, value, attention_mask, visibility, scale, kwargs), None
+
+
+def _source_visibility(
+    observation: _Observation,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    kwargs: Mapping[str, Any],
+) -> Visibility:
+    remembered = observation.masks.get(id(attention_mask))
+    if remembered is not None:
+        visibility = remembered[1]
+    elif attention_mask is None:
+        # The rule of transformers' sdpa function for modules without a mask.
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        visibility = Visibility(bool(causal) and query.shape[2] > 1)
+    else:
+        visibility = Visibility(False, unsupported="it builds its own attention mask")
+    reasons = [reason for name, reason in _UNSUPPORTED_ARGUMENTS.items() if kwargs.get(name) is not None]
+    if query.shape[2] != key.shape[2]:
+        reasons.append("it is cross-attention")
+    if value.shape[-1] != query.shape[-1]:
+        reasons.append("its values are not as wide as its keys")
+    if reasons:
+        return Visibility(visibility.causal, visibility.pattern, unsupported=" and ".join(reasons))
+    return visibility
+
+
+def _torch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    visibility: Visibility,
+    scale: float,
+    kwargs: Mapping[str, Any],
+) -> torch.Tensor:
+    """Attention in torch for eager runs and for modules that are left alone; ``[batch, length, heads, head_dim]``.
+
+    Knows position bias and soft capping, so that a module that cannot be lowered still computes what it did.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bias = _additive_mask(query, key, attention_mask, visibility)
+    position_bias, softcap = kwargs.get("position_bias"), kwargs.get("softcap")
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    if softcap is None:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    else:
+        scores = torch.tanh((query @ key.transpose(-1, -2)) * (scale / softcap)) * softcap
+        attended = torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value
+    return attended.transpose(1, 2)
+
+
+def _additive_mask(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, visibility: Visibility
+) -> torch.Tensor | None:
+    """Zero where a pair is visible, the dtype's minimum elsewhere; None where everything is visible."""
+    lowest = torch.finfo(query.dtype).min
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask.dtype != torch.bool:
+            return attention_mask
+        return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+    visible = None
+    if visibility.causal or not visibility.pattern.is_dense:
+        visible = _visible_pairs(query.shape[2], key.shape[2], visibility)[None, None]
+    if attention_mask is not None:
+        padding = attention_mask.to(torch.bool)[:, None, None, :]
+        visible = padding if visible is None else visible & padding
+    if visible is None:
+        return None
+    return torch.zeros((), dtype=query.dtype).masked_fill(~visible, lowest)
+
+
+def _visible_pairs(query_length: int, key_length: int, visibility: Visibility) -> torch.Tensor:
+    """``[query_length, key_length]`` bool. While torch exports, lengths are symbols and only intervals are written."""
+    if not torch.compiler.is_exporting():
+        return torch.from_numpy(visibility.pattern.mask(query_length, key_length, visibility.causal))
+    distance = torch.arange(key_length)[None, :] - torch.arange(query_length)[:, None] - (key_length - query_length)
+    reach = visibility.pattern.interval(visibility.causal)
+    visible = distance <= 0 if visibility.causal else torch.ones_like(distance, dtype=torch.bool)
+    return visible if reach is None else visible & (distance >= -reach[0]) & (distance <= reach[1])
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

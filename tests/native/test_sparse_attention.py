@@ -1,0 +1,226 @@
+"""effc::SparseAttention in ONNX Runtime against a float64 reference, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_cases import Case, check, model, reference, run, session
+
+WINDOW = 32
+PATTERNS = [
+    "local:32",
+    "local:1",
+    "local:5:9",
+    "dense",
+    "sinks:4",
+    "global:3",
+    "block:16",
+    "block:16:1",
+    "strided:7",
+    "dilated:9:4",
+    "local:16|sinks:4",
+    "local:16|global:8|block:32",
+    "dilated:5:16|strided:100|sinks:2",
+]
+
+
+def cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def available_isas() -> list[str]:
+    flags = cpu_flags()
+    isas = ["portable"]
+    if {"avx2", "fma"} <= flags:
+        isas.append("avx2")
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        isas.append("avx512")
+    return isas
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns(library: Path, isa: str, pattern: str, causal: bool) -> None:
+    check(library, Case(pattern=pattern, causal=causal, q_len=150, batch=2))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("length", [1, 2, 7, WINDOW - 1, WINDOW, WINDOW + 1, 63, 64, 65, 129, 257])
+def test_lengths(library: Path, isa: str, length: int, causal: bool) -> None:
+    check(library, Case(pattern=f"local:{WINDOW}", causal=causal, q_len=length))
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 200, 256])
+def test_head_dims(library: Path, isa: str, head_dim: int) -> None:
+    check(library, Case(head_dim=head_dim, q_len=70))
+    check(library, Case(head_dim=head_dim, q_len=1, kv_len=70, causal=True))
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 3, 4, 5, 17, 64, 65])
+@pytest.mark.parametrize("kv_num_heads", [1, 2, 3, 6])
+def test_decode_with_grouped_heads(library: Path, isa: str, q_len: int, kv_num_heads: int) -> None:
+    case = Case("local:40|sinks:4", True, 2, q_len, 170, num_heads=6, kv_num_heads=kv_num_heads)
+    check(library, case)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("kind", ["left", "right", "holes", "empty"])
+def test_key_masks(library: Path, isa: str, kind: str, causal: bool) -> None:
+    length = 130
+    mask = np.ones((2, length), dtype=bool)
+    if kind == "left":
+        mask[0, :70], mask[1, :5] = False, False
+    elif kind == "right":
+        mask[0, 60:], mask[1, -1:] = False, False
+    elif kind == "holes":
+        mask = np.random.default_rng(1).random((2, length)) < 0.5
+    else:
+        mask[0] = False
+    for q_len in (length, 3):
+        check(library, Case(causal=causal, batch=2, q_len=q_len, kv_len=length, key_mask=mask))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("pattern", ["strided:3", "strided:64", "strided:500", "dilated:9:5", "dilated:30:2"])
+@pytest.mark.parametrize("q_len", [1, 4, 67, 200])
+def test_every_step_th_key(library: Path, isa: str, pattern: str, causal: bool, q_len: int) -> None:
+    """These run as independent subsequences; rows, masks and log-sum-exp must land where they belong."""
+    mask = np.random.default_rng(2).random((2, 200)) < 0.7
+    mask[0, :40] = False
+    case = Case(pattern, causal, 2, q_len, 200, num_heads=4, kv_num_heads=2, key_mask=mask)
+    output, log_sum_exp = run(library, case, log_sum_exp=True)
+    expected_output, expected = reference(case)
+    np.testing.assert_allclose(output, expected_output, atol=5e-6)
+    np.testing.assert_allclose(log_sum_exp, expected, atol=5e-6)
+
+
+def test_rows_that_see_nothing_are_zero(library: Path, isa: str) -> None:
+    mask = np.ones((1, 100), dtype=bool)
+    mask[0, :50] = False
+    output, log_sum_exp = run(library, Case(pattern="local:8", causal=True, q_len=100, key_mask=mask), True)
+    assert (output[0, :50] == 0).all()
+    assert np.isneginf(log_sum_exp[0, :, :50]).all()
+    assert np.isfinite(log_sum_exp[0, :, 50:]).all()
+
+
+@pytest.mark.parametrize("q_len", [1, 90])
+def test_log_sum_exp(library: Path, isa: str, q_len: int) -> None:
+    case = Case("local:16|sinks:2", True, 2, q_len, 90, num_heads=4, kv_num_heads=2)
+    output, log_sum_exp = run(library, case, log_sum_exp=True)
+    expected_output, expected = reference(case)
+    np.testing.assert_allclose(output, expected_output, atol=5e-6)
+    np.testing.assert_allclose(log_sum_exp, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("scale", [20.0, -3.0, 1e-4])
+def test_large_and_odd_scales(library: Path, isa: str, scale: float) -> None:
+    """Scores of some hundreds must not overflow; their rounding alone shows in the output."""
+    case = Case(scale=scale, q_len=100)
+    np.testing.assert_allclose(run(library, case)[0], reference(case)[0], atol=1e-3)
+
+
+def test_masked_keys_may_hold_anything_finite(library: Path, isa: str) -> None:
+    mask = np.ones((1, 64), dtype=bool)
+    mask[0, 40:] = False
+    case = Case(q_len=64, key_mask=mask)
+    feeds = case.inputs()
+    feeds["key"][0, 40:] = 1e30
+    feeds["value"][0, 40:] = -1e30
+    output = session(library, model(case.attributes(), True)).run(None, feeds)[0]
+    np.testing.assert_allclose(output, reference(case)[0], atol=5e-6)
+
+
+@pytest.mark.parametrize("q_len", [1, 64])
+def test_not_a_number_is_not_hidden(library: Path, isa: str, q_len: int) -> None:
+    case = Case(q_len=q_len, kv_len=64)
+    feeds = case.inputs()
+    feeds["query"][0, 0, 0] = np.nan
+    output = session(library, model(case.attributes(), False)).run(None, feeds)[0]
+    assert np.isnan(output[0, 0, :32]).all(), "the row and head that hold it"
+    assert np.isfinite(output[0, 0, 32:]).all() and np.isfinite(output[0, 1:]).all(), "and no other"
+
+
+def test_empty_batch(library: Path) -> None:
+    assert run(library, Case(batch=0))[0].shape == (0, 64, 64)
+
+
+def test_every_thread_count_gives_the_same_numbers(library: Path) -> None:
+    case = Case("local:32|global:4", q_len=1000, num_heads=4, head_dim=64)
+    proto, feeds = model(case.attributes(), False), case.inputs()
+    one, many = (session(library, proto, threads).run(None, feeds)[0] for threads in (1, 5))
+    np.testing.assert_array_equal(one, many)
+
+
+def test_output_shape_is_inferred(library: Path) -> None:
+    outputs = session(library, model(Case().attributes(), False)).get_outputs()
+    assert len(outputs[0].shape) == 3
+
+
+terms = st.one_of(
+    st.just("dense"),
+    st.integers(1, 200).map("local:{}".format),
+    st.tuples(st.integers(0, 90), st.integers(0, 90)).map(lambda p: f"local:{p[0]}:{p[1]}"),
+    st.tuples(st.integers(1, 20), st.integers(1, 40)).map(lambda p: f"dilated:{p[0]}:{p[1]}"),
+    st.tuples(st.integers(1, 70), st.integers(0, 3)).map(lambda p: f"block:{p[0]}:{p[1]}"),
+    st.integers(1, 90).map("strided:{}".format),
+    st.integers(0, 70).map("global:{}".format),
+    st.integers(0, 70).map("sinks:{}".format),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kv_num_heads = draw(st.integers(1, 3))
+    batch, keys = draw(st.integers(1, 2)), draw(st.integers(1, 300))
+    seed = draw(st.integers(0, 1000))
+    mask = None
+    if draw(st.booleans()):
+        mask = np.random.default_rng(seed).random((batch, keys)) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
+        mask[:, : draw(st.integers(0, keys))] = draw(st.booleans())
+    return Case(
+        pattern="|".join(draw(st.lists(terms, min_size=1, max_size=4))),
+        causal=draw(st.booleans()),
+        batch=batch,
+        q_len=draw(st.integers(1, keys)),
+        kv_len=keys,
+        num_heads=kv_num_heads * draw(st.integers(1, 5)),
+        kv_num_heads=kv_num_heads,
+        head_dim=8 * draw(st.integers(1, 12)),
+        key_mask=mask,
+        seed=seed,
+    )
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(case=cases())
+def test_anything(library: Path, isa: str, case: Case) -> None:
+    check(library, case)
+
+
+def test_registering_twice_is_fine(library: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    case = Case()
+    for _ in range(2):
+        check(library, case)
