@@ -31,7 +31,7 @@ from onnx import TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effc.plugins import native  # noqa: E402
+from effc.plugins import native
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 

@@ -1,4 +1,4 @@
-"""Verification of real exported artifacts against their source, and the task metrics against figures worked out by hand."""
+"""Verification of real exported artifacts against their source; task metrics against figures worked out by hand."""
 
 from __future__ import annotations
 

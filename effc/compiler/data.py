@@ -50,9 +50,9 @@ class Sample:
 def read_samples(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """Read texts, and labels where there are any, from a file.
 
-    Formats: ``.txt`` (one text a line), ``.jsonl`` (an object a line), ``.json`` (a list of objects), ``.csv`` and ``.tsv``
-    (with a header), or a directory written by ``datasets``' ``save_to_disk``. The columns are found by name, see
-    ``TEXT_COLUMNS`` and its neighbours. Rows with an empty text are left out.
+    Formats: ``.txt`` (one text a line), ``.jsonl`` (an object a line), ``.json`` (a list of objects), ``.csv`` and
+    ``.tsv`` (with a header), or a directory written by ``datasets``' ``save_to_disk``. The columns are found by name,
+    see ``TEXT_COLUMNS`` and its neighbours. Rows with an empty text are left out.
 
     Args:
         limit: how many to take at most: a random choice, in file order, because files are often sorted by label.
@@ -289,7 +289,7 @@ def _read_dataset(path: Path) -> Sequence[Any]:
             f"Give a file in one of these formats: {', '.join(FORMATS)}.",
         )
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError:
         raise MissingDependencyError(
             f"Reading the data set '{path}' needs the package datasets.", "Install it: pip install datasets"

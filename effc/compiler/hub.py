@@ -65,7 +65,8 @@ def download(name: str, revision: str | None) -> tuple[Path, str]:
         ) from None
     except hub_errors.RepositoryNotFoundError:
         raise SourceModelError(
-            f"There is no model '{name}' on {constants.ENDPOINT} that you may read, and no local directory of that name.",
+            f"There is no model '{name}' on {constants.ENDPOINT} that you may read, and no local directory of that "
+            "name.",
             "Check the spelling; for a private model set HF_TOKEN.",
         ) from None
     except hub_errors.RevisionNotFoundError:
@@ -83,7 +84,8 @@ def download(name: str, revision: str | None) -> tuple[Path, str]:
     if directory is None:
         remedy = "Unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "Check the network and HTTPS_PROXY"
         raise SourceModelError(
-            f"There is no local directory '{name}', the model '{name}'{at} is not in the local hub cache, and {trouble}.",
+            f"There is no local directory '{name}', the model '{name}'{at} is not in the local hub cache, and "
+            f"{trouble}.",
             f"{remedy}, or give the path of a local directory.",
         )
     return directory, directory.name

@@ -22,10 +22,10 @@ _BLOCK = 1 << 22
 class DeviationSum:
     """The deviation of one output over any number of batches.
 
-    Relative error is ``||candidate - reference|| / ||reference||`` (Frobenius norm over all batches); cosine is the mean
-    over vectors (the last axis); top-1 agreement is the share of vectors whose largest element stands at the same place.
-    Vectors with a value that is not finite, in the candidate alone, count as wholly wrong: infinite error, cosine 0, no
-    agreement.
+    Relative error is ``||candidate - reference|| / ||reference||`` (Frobenius norm over all batches); cosine is the
+    mean over vectors (the last axis); top-1 agreement is the share of vectors whose largest element stands at the same
+    place. Vectors with a value that is not finite, in the candidate alone, count as wholly wrong: infinite error,
+    cosine 0, no agreement.
     """
 
     def __init__(self, *, logits: bool = False):

@@ -16,7 +16,7 @@ from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
 from effc.passes.quantize_settings import CalibrationSection as CalibrationSection
 from effc.passes.quantize_settings import QuantizationSection
-from effc.plugins.pattern import parse_pattern
+from effc.passes.attention_settings import AttentionSection
 from effc.suggest import did_you_mean
 
 TARGETS = ("onnxruntime",)
@@ -42,18 +42,6 @@ class ModelSection(Section):
         if value is not None and value not in TASK_NAMES:
             raise ValueError(f"'{value}' is not a task. {did_you_mean(value, TASK_NAMES)}")
         return value
-
-
-class AttentionSection(Section):
-    """How attention is rewritten."""
-
-    pattern: str = Field("dense", description="pattern of every layer, e.g. local:256")
-    exclude: tuple[str, ...] = Field((), description="globs of attention modules that stay as they are")
-
-    @field_validator("pattern")
-    @classmethod
-    def _canonical_pattern(cls, value: str) -> str:
-        return str(parse_pattern(value))
 
 
 class VerifySection(Section):

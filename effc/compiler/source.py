@@ -356,8 +356,8 @@ def _accept_missing(model: PreTrainedModel, missing: set[str], located: Located)
     layers = [name for name in missing if re.search(r"\.\d+\.", name)]
     if layers:
         raise SourceModelError(
-            f"{len(missing)} tensors that the config of '{located.path}' asks for are not in its weights: {examples}. They "
-            "would be random.",
+            f"{len(missing)} tensors that the config of '{located.path}' asks for are not in its weights: {examples}. "
+            "They would be random.",
             "Check that config.json belongs to these weights, and download the checkpoint in full.",
         )
     raise SourceModelError(
@@ -428,7 +428,8 @@ def _explained(path: Path, what: str = "model") -> Iterator[None]:
     except ImportError as error:
         package = error.name or ("gguf" if path.suffix == ".gguf" else None)
         raise MissingDependencyError(
-            f"Reading the {what} in '{path}' needs a package that is not installed: {' '.join(str(error).split())[:300]}",
+            f"Reading the {what} in '{path}' needs a package that is not installed: "
+            f"{' '.join(str(error).split())[:300]}",
             f"Install it: pip install {package}" if package else "Install the package that this names with pip.",
         ) from error
     except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:

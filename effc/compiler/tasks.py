@@ -113,8 +113,8 @@ def _check_possible(config: PreTrainedConfig, task: Task, detected: Task) -> Non
         )
     if config.is_encoder_decoder:
         raise SourceModelError(
-            f"The task '{task.name}' cannot be compiled for {kind}: of encoder-decoder models effc compiles the encoder "
-            "only.",
+            f"The task '{task.name}' cannot be compiled for {kind}: of encoder-decoder models effc compiles the "
+            "encoder only.",
             f"Use --task {detected.name}, or leave --task out.",
         )
     mapping = getattr(transformers, task.auto_class)._model_mapping
@@ -141,8 +141,8 @@ def _modality(config: PreTrainedConfig, requested: str | None) -> Modality:
         if requested == "causal-lm":
             return "text"
         raise SourceModelError(
-            f"A '{config.model_type}' model combines several kinds of input ({', '.join(parts)}), and effc compiles models "
-            "that read one.",
+            f"A '{config.model_type}' model combines several kinds of input ({', '.join(parts)}), and effc compiles "
+            "models that read one.",
             "Save its text or vision part as a checkpoint of its own and compile that one.",
         )
     # Remote code brings its own classes, which are not in the mapping; text is by far the most frequent there.

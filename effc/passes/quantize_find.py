@@ -194,7 +194,7 @@ def _names_of_parts(split: ir.Node, weight_name: str) -> list[str]:
     modules = [module or "" for module, _ in readers]
     if all(modules) and len(set(modules)) == len(modules) and all(linear for _, linear in readers):
         return modules
-    common = os.path.commonprefix([module.split(".") for module in modules])
+    common = os.path.commonprefix([module.split(".") for module in modules])  # noqa: RUF071 - of lists of names
     parent = ".".join(common) or weight_name
     return [f"{parent}.part{index}" for index in range(len(modules))]
 

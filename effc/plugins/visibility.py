@@ -44,6 +44,8 @@ def read_mask_function(mask_function: Callable[..., torch.Tensor]) -> Visibility
     if not torch.equal(seen[0], seen[1]):
         return Visibility(False, unsupported="its mask depends on absolute positions (chunked attention)")
     visible = distance[seen[0]]
+    if not len(visible):
+        return Visibility(False, unsupported="its mask hides everything")
     left, right = -int(visible.min()), int(visible.max())
     if len(visible) != left + right + 1:
         return Visibility(False, unsupported="its mask has gaps")

@@ -12,7 +12,7 @@ import pytest
 # The helper modules beside this file, whatever pytest's import mode is.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from native_build import cmake_build  # noqa: E402
+from native_build import cmake_build
 
 
 @pytest.fixture(scope="session")

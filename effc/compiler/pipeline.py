@@ -1,0 +1,370 @@
+"""``compile``: which passes run, in which order, each timed, probed and recorded; all or nothing."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from effc import __version__
+from effc.compiler.artifact import check_output, record_files, staged, write_manifest
+from effc.compiler.bench import bench, choose_lengths
+from effc.compiler.data import read_samples, tokenize
+from effc.compiler.exported import describe_layers, export_key, exported_graph, twin_of
+from effc.compiler.inputs import graph_inputs, input_names, ragged_inputs, token_mask
+from effc.compiler.manifest import (
+    AttentionLayer,
+    BenchRecord,
+    Manifest,
+    OutputDeviation,
+    PassRecord,
+    Skipped,
+    TensorRecord,
+    VerifyRecord,
+)
+from effc.compiler.metrics import compare_outputs
+from effc.compiler.recipe import Recipe, build_recipe, load_recipe, merge
+from effc.compiler.runtime import MODEL_NAME
+from effc.compiler.source import SourceModel, load, locate
+from effc.compiler.toolchain import toolchain
+from effc.compiler.verify import verify
+from effc.errors import EffcError, OutputError, PassFailedError, RequirementError, UsageError
+from effc.exporters.onnx_graph import save_onnx
+from effc.passes.attention_settings import AttentionSection
+from effc.passes.base import PassResult
+from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
+from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.rewrite_attention import RewriteAttention, describe
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, steps done, steps in all)``."""
+
+_PROBE_LENGTHS = (96, 61)
+# Default lengths of the measurement that every compile makes; `effc bench` measures more.
+_QUICK_LENGTHS = 3
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished compile.
+
+    Attributes:
+        path: the artifact directory.
+        manifest: what ``effc.json`` holds.
+        unmet: requirements that the result misses and layers that could not be rewritten, as full sentences.
+    """
+
+    path: Path
+    manifest: Manifest
+    unmet: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The record of the rewrite pass and the layers it found."""
+
+    result: PassResult[Any]
+    layers: list[AttentionLayer]
+    unwanted: list[tuple[str, str]]
+
+
+def compile(
+    model: str | Path | None = None,
+    *,
+    output: str | Path,
+    attention: str | Mapping[str, Any] | None = None,
+    quantization: str | Mapping[str, Any] | None = None,
+    target: str | None = None,
+    task: str | None = None,
+    revision: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    progress: Progress | None = None,
+    **sections: Mapping[str, Any],
+) -> Artifact:
+    """Compile a Hugging Face model into an artifact directory.
+
+    Args:
+        model: local directory, GGUF file or hub name.
+        output: the directory to make.
+        attention: pattern text such as ``local:256``, or the recipe's section.
+        quantization: ``none``, ``int8``, or the recipe's section.
+        target: what the artifact runs on.
+        task: detected from the config when None.
+        revision: branch, tag or commit on the hub.
+        recipe: a recipe file or its values; the other arguments override it.
+        overwrite: replace an artifact that is already at ``output``.
+        check: raise :class:`RequirementError` if a requirement is missed; the artifact stays.
+        progress: told of every step.
+        sections: further recipe sections, such as ``bench={"enabled": False}``.
+
+    Raises:
+        UsageError, SourceModelError, DataError, PreconditionError, OutputError, PassFailedError: see each; nothing is
+            left at ``output`` then.
+    """
+    flags: dict[str, Any] = {key: dict(value) for key, value in sections.items()}
+    spec = {"path": str(model) if model is not None else None, "task": task, "revision": revision}
+    flags["model"] = {key: value for key, value in spec.items() if value is not None}
+    for key, value in (("attention", attention), ("quantization", quantization), ("target", target)):
+        if value is not None:
+            flags[key] = value
+    artifact = run(_whole_recipe(recipe, flags), Path(output), overwrite=overwrite, progress=progress)
+    if check and artifact.unmet:
+        raise RequirementError(" ".join(artifact.unmet), f"The artifact is at '{artifact.path}'.")
+    return artifact
+
+
+def _whole_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None, flags: Mapping[str, Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        recipe = recipe.model_dump(mode="json")
+    base = load_recipe(recipe) if isinstance(recipe, (str, Path)) else dict(recipe or {})
+    return build_recipe(merge(base, flags), origin=f"'{recipe}'" if isinstance(recipe, (str, Path)) else "the recipe")
+
+
+class _Log:
+    """Runs steps one after another and keeps their records."""
+
+    def __init__(self, steps: int, progress: Progress | None):
+        self.records: list[PassRecord] = []
+        self._steps, self._progress, self._done = steps, progress, 0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Tell of a step, and let an error say which step it was and what came before."""
+        if self._progress:
+            self._progress(name, self._done, self._steps)
+        try:
+            yield
+        except (EffcError, OSError):
+            raise
+        except Exception as error:
+            before = ", ".join(record.name for record in self.records) or "no other pass"
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise PassFailedError(
+                f"The pass '{name}' failed after {before}: {reason.strip()[:300]}.", "Run again with --debug for the trace."
+            ) from error
+        self._done += 1
+
+    def add(self, name: str, version: int, started: float, result: PassResult[Any], cached: bool = False) -> PassRecord:
+        """Record a finished pass."""
+        record = PassRecord(
+            name=name,
+            version=version,
+            seconds=time.perf_counter() - started,
+            modified=result.modified,
+            cached=cached,
+            changed=result.changed,
+            skipped=[Skipped(module=module, reason=reason) for module, reason in result.skipped],
+            metrics=result.metrics,
+        )
+        self.records.append(record)
+        return record
+
+
+def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Artifact:
+    """Compile as the recipe says; see :func:`compile`."""
+    check_output(output, overwrite)
+    quantize = recipe.quantization.mode != "none"
+    log = _Log(6 + quantize + recipe.bench.enabled, progress)
+    with log.step("load"):
+        source = load(locate(recipe.model))
+    calibration = _calibration(recipe, source) if quantize else None
+    probe = ragged_inputs(source, _probe_lengths(source))
+    mask = token_mask(probe)
+    mask = None if mask is None else mask.numpy()
+    untouched = _run_torch(source, probe)
+
+    with log.step(RewriteAttention.name):
+        started = time.perf_counter()
+        rewritten = rewrite(source, recipe.attention)
+        record = log.add(RewriteAttention.name, RewriteAttention.version, started, rewritten.result)
+        record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
+    layers = rewritten.layers
+
+    with log.step("export"):
+        started = time.perf_counter()
+        exported, hit = exported_graph(source, layers)
+        key = export_key(source, layers)
+        log.add("export", 1, started, PassResult(None, True, metrics={"opset": 23}), cached=hit)
+
+    with staged(output, overwrite) as staging:
+        path = staging / MODEL_NAME
+        graph = ir.load(str(exported))
+        with log.step(FuseOnnxRuntime.name):
+            started = time.perf_counter()
+            fused = FuseOnnxRuntime().run(graph)
+            save_onnx(graph, path)
+            record = log.add(FuseOnnxRuntime.name, FuseOnnxRuntime.version, started, fused)
+            record.probe = _probe_graph(path, probe, untouched, mask)
+        if quantize:
+            with log.step(QuantizeInt8.name):
+                started = time.perf_counter()
+                graph = ir.load(str(path))
+                quantizer = QuantizeInt8(recipe.quantization, calibration)
+                quantized = quantizer.run(graph)
+                quantizer.ensures(graph)
+                _replace(graph, path)
+                record = log.add(QuantizeInt8.name, QuantizeInt8.version, started, quantized)
+                record.probe = _probe_graph(path, probe, untouched, mask)
+        _save_source_files(source, staging)
+        manifest = Manifest(
+            effc_version=__version__,
+            created=datetime.now(UTC),
+            target=recipe.target,
+            source=source.record(),
+            recipe=recipe.model_dump(mode="json"),
+            toolchain=toolchain(),
+            export_key=key,
+            passes=log.records,
+            attention=layers,
+            inputs=graph_inputs(source),
+            outputs=_output_records(path),
+            files=record_files(staging),
+        )
+        write_manifest(staging, manifest)
+        with log.step("verify"):
+            manifest.verification = _verify(staging, recipe, source)
+        if recipe.bench.enabled:
+            with log.step("bench"):
+                manifest.benchmark = _bench(staging, recipe, manifest, exported, key)
+        write_manifest(staging, manifest)
+    if progress:
+        progress("done", 1, 1)
+    return Artifact(output, manifest, tuple(_unmet(recipe, manifest, rewritten)))
+
+
+def rewrite(source: SourceModel, settings: AttentionSection) -> Rewritten:
+    """Assign the attention of ``source.model`` as the recipe says."""
+    attention = RewriteAttention(settings, ragged_inputs(source, _probe_lengths(source)))
+    result = attention.run(source.model)
+    return Rewritten(result, describe_layers(describe(attention.layers)), attention.unwanted())
+
+
+def _probe_lengths(source: SourceModel) -> tuple[int, ...]:
+    limit = source.max_length or max(_PROBE_LENGTHS)
+    return tuple(min(length, limit) for length in _PROBE_LENGTHS)
+
+
+def _calibration(recipe: Recipe, source: SourceModel) -> list[dict[str, NDArray[Any]]] | None:
+    """Tokenized calibration batches, or None where none are given. Read early, so that bad data fails early."""
+    settings = recipe.quantization.calibration
+    if settings.data is None:
+        return None
+    samples = read_samples(settings.data, settings.samples)
+    length = min(settings.max_length, source.max_length or settings.max_length)
+    return list(tokenize(samples, source.processor, length, input_names=input_names(source)))
+
+
+def _run_torch(source: SourceModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
+    with torch.no_grad():
+        outputs = source.model(**inputs)
+    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _probe_graph(
+    path: Path, inputs: Mapping[str, torch.Tensor], reference: Mapping[str, NDArray[Any]], mask: NDArray[Any] | None
+) -> dict[str, OutputDeviation]:
+    """The graph against the untouched model on the probe inputs.
+
+    Raises:
+        PassFailedError: if an output is not finite.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
+    outputs = dict(zip(names, session.run(None, feed), strict=True))
+    for name, value in outputs.items():
+        if not np.isfinite(value).all():
+            raise PassFailedError(
+                f"The graph's output '{name}' is not finite after this pass.", "Exclude layers, or report this model."
+            )
+    return compare_outputs(reference, outputs, mask)
+
+
+def _replace(graph: ir.Model, path: Path) -> None:
+    """Write a graph over the files that its own weights are still read from."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as fresh:
+        save_onnx(graph, Path(fresh) / path.name)
+        for file in sorted(Path(fresh).iterdir()):
+            file.replace(path.with_name(file.name))
+
+
+def _save_source_files(source: SourceModel, directory: Path) -> None:
+    source.config.save_pretrained(directory)
+    if source.processor is not None:
+        source.processor.save_pretrained(directory)
+
+
+def _output_records(path: Path) -> list[TensorRecord]:
+    graph = ir.load(str(path)).graph
+    return [
+        TensorRecord(
+            name=value.name or "",
+            dtype=str(value.dtype.numpy()) if value.dtype is not None else "unknown",
+            shape=[dim if isinstance(dim, int) else str(dim.value) for dim in (value.shape or ())],
+        )
+        for value in graph.outputs
+    ]
+
+
+def _verify(staging: Path, recipe: Recipe, source: SourceModel) -> VerifyRecord:
+    return verify(staging, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def _bench(staging: Path, recipe: Recipe, manifest: Manifest, exported: Path, key: str) -> BenchRecord:
+    twin = twin_of(exported, key, manifest.attention)
+    lengths = list(recipe.bench.lengths) or choose_lengths(manifest, None)[:_QUICK_LENGTHS]
+    return bench(staging, lengths=lengths, batch=recipe.bench.batch, rounds=recipe.bench.rounds, twin=twin)
+
+
+def _unmet(recipe: Recipe, manifest: Manifest, rewritten: Rewritten) -> Iterator[str]:
+    if rewritten.unwanted and not recipe.attention.allow_partial:
+        layers = "; ".join(f"{layer} ({reason})" for layer, reason in rewritten.unwanted[:5])
+        yield f"{len(rewritten.unwanted)} attention modules could not be rewritten: {layers}."
+    if recipe.require.min_speedup is not None:
+        if manifest.benchmark is None:
+            raise UsageError("A minimum speed-up is required but nothing was measured.", "Leave --no-bench out.")
+        longest = str(max(manifest.benchmark.lengths))
+        reached = manifest.benchmark.speedup[longest]
+        if reached < recipe.require.min_speedup:
+            yield f"The speed-up at {longest} tokens is {reached:.2f}x, below the required {recipe.require.min_speedup:g}x."
+    if recipe.require.max_quality_drop is not None and manifest.verification is not None:
+        drop = manifest.verification.quality_drop
+        if not drop <= recipe.require.max_quality_drop:
+            yield (
+                f"The quality drop ({manifest.verification.quality_metric}) is {drop:.4f}, above the allowed "
+                f"{recipe.require.max_quality_drop:g}."
+            )
+
+
+def remeasured(
+    directory: Path, *, verification: VerifyRecord | None = None, benchmark: BenchRecord | None = None
+) -> Manifest:
+    """Store a new measurement in an artifact's ``effc.json`` and report."""
+    from effc.compiler.runtime import read_manifest
+
+    manifest = read_manifest(directory)
+    if verification is not None:
+        manifest.verification = verification
+    if benchmark is not None:
+        manifest.benchmark = benchmark
+    try:
+        write_manifest(directory, manifest)
+    except OutputError:
+        # A read-only artifact can still be measured; the figures are the caller's.
+        pass
+    return manifest

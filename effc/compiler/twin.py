@@ -1,0 +1,39 @@
+"""The dense twin of an existing artifact, from the cache or made again from the source model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effc.compiler.cache import cache_directory
+from effc.compiler.manifest import Manifest
+from effc.compiler.runtime import MODEL_NAME
+
+
+def dense_twin(manifest: Manifest) -> Path:
+    """Path of the twin's ``.onnx`` file.
+
+    Raises:
+        SourceModelError: if it is not cached and the source model is no longer where it was, or has changed.
+    """
+    path = cache_directory() / "twin" / manifest.export_key / MODEL_NAME
+    if path.is_file():
+        return path
+    from effc.compiler.exported import export_key, exported_graph, twin_of
+    from effc.compiler.pipeline import rewrite
+    from effc.compiler.recipe import build_recipe
+    from effc.compiler.source import load, locate
+    from effc.errors import SourceModelError
+
+    recipe = build_recipe(manifest.recipe, origin="effc.json")
+    # Code from a checkpoint runs only where the user says so in this very call.
+    spec = recipe.model.model_copy(update={"trust_remote_code": False})
+    located = locate(spec)
+    if located.fingerprint != manifest.source.fingerprint:
+        raise SourceModelError(
+            f"'{manifest.source.path}' has changed since the artifact was compiled.",
+            "Compile it again, or benchmark on the machine that compiled it.",
+        )
+    source = load(located)
+    layers = rewrite(source, recipe.attention).layers
+    exported, _ = exported_graph(source, layers)
+    return twin_of(exported, export_key(source, layers), layers)

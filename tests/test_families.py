@@ -1,0 +1,204 @@
+"""The attention rewrite over architecture families: every layer reached, the right pairs visible, ONNX the same.
+
+The expectation comes from the model's own scaled dot-product attention, with the wanted window cut out of the mask that
+the model itself made; effc's hook has no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, t5_encoder
+from transformers import PreTrainedModel
+
+from effc.compiler.inputs import dynamic_axes
+from effc.errors import PreconditionError
+from effc.exporters.onnx_graph import export_onnx, save_onnx
+from effc.passes.attention_settings import AttentionSection
+from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
+from effc.passes.rewrite_attention import RewriteAttention
+from effc.plugins.function_body import geometry_of
+from effc.plugins.operator import OP_TYPE
+
+LENGTHS = [40, 23, 3]
+WIDE, NARROW = 16, 4
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+_QUICK_EXPORTS = ("bert", "llama", "vit")
+
+
+def rewrite(family: Family, pattern: str, **settings) -> tuple[PreTrainedModel, RewriteAttention]:
+    model = family.model()
+    rewriting = RewriteAttention(AttentionSection(pattern=pattern, **settings), family.inputs(LENGTHS))
+    rewriting.run(model)
+    return model, rewriting
+
+
+def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        result = model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+    return {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
+
+
+def relative_error(result: np.ndarray, reference: torch.Tensor, inputs: dict[str, torch.Tensor]) -> float:
+    """Over the real tokens where the output has one row per token, over everything elsewhere."""
+    expected, mask = reference.numpy(), inputs.get("attention_mask")
+    if mask is not None and expected.shape[:2] == tuple(mask.shape):
+        result, expected = result[mask.bool().numpy()], expected[mask.bool().numpy()]
+    assert expected.size and np.isfinite(result).all()
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+
+
+@contextmanager
+def windowed(monkeypatch: pytest.MonkeyPatch, left: int, right: int) -> Iterator[list[bool]]:
+    """Let torch's attention see ``-left <= j - i <= right`` only, besides what it is told; counts its calls."""
+    original, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        calls.append(is_causal)
+        distance = torch.arange(key.shape[2])[None, :] - torch.arange(query.shape[2])[:, None]
+        visible = (distance >= -left) & (distance <= right)
+        if is_causal:
+            visible &= distance <= 0
+        if attn_mask is not None:
+            visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0)
+        # A number rather than infinity, so that padding that sees nothing does not spread nan.
+        bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        return original(query, key, value, attn_mask=bias, dropout_p=dropout_p, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        yield calls
+
+
+def reach(family: Family, window: int) -> tuple[int, int]:
+    return (window - 1, 0) if family.causal else (window // 2, window // 2)
+
+
+def expected_patterns(family: Family, window: int) -> list[str]:
+    return [own if own != "dense" and OWN_WINDOW <= window else f"local:{window}" for own in family.own]
+
+
+@every_family
+def test_every_layer_is_found_with_what_it_sees(family):
+    _, rewriting = rewrite(family, f"local:{WIDE}")
+    observed = [layer for layer, _, _ in rewriting.layers]
+    assert [str(layer.visibility.pattern) for layer in observed] == list(family.own)
+    assert {layer.visibility.causal for layer in observed} == {family.causal}
+    assert {(layer.num_heads, layer.kv_heads) for layer in observed} == {family.heads}
+    assert len({layer.name for layer in observed}) == 2
+    patterns = [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers]
+    assert patterns == expected_patterns(family, WIDE)
+    assert not rewriting.unwanted()
+
+
+@every_family
+@pytest.mark.parametrize("window", [WIDE, NARROW])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_window_computes_what_the_model_does_with_that_mask(family, window, side, monkeypatch):
+    if side == "left" and not family.causal:
+        pytest.skip("encoders are padded on the right")
+    inputs = family.inputs(LENGTHS, side, seed=1)
+    own = family.model()
+    untouched = outputs(own, inputs)
+    with windowed(monkeypatch, *reach(family, window)) as calls:
+        reference = outputs(own, inputs)
+    assert len(calls) == 2, "the model's own attention did not run where the expectation is made"
+    rewritten = outputs(rewrite(family, f"local:{window}")[0], inputs)
+    name = next(iter(reference))
+    assert relative_error(rewritten[name].numpy(), reference[name], inputs) < 1e-5
+    if any(own == "dense" or window < OWN_WINDOW for own in family.own):
+        assert relative_error(rewritten[name].numpy(), untouched[name], inputs) > 1e-3, "the window changes nothing"
+
+
+@every_family
+@pytest.mark.parametrize("pattern", ["dense", "local:500"])
+def test_a_pattern_that_hides_nothing_leaves_the_model_as_it_is(family, pattern):
+    inputs = family.inputs(LENGTHS, seed=2)
+    reference = outputs(family.model("eager"), inputs)
+    model, rewriting = rewrite(family, pattern)
+    kept = [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers]
+    assert kept == [own if own != "dense" else pattern for own in family.own]
+    result = outputs(model, inputs)
+    for name, value in reference.items():
+        assert relative_error(result[name].numpy(), value, inputs) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if set(family.own) != {"dense"}])
+def test_own_sliding_layers_say_why_they_are_kept(name):
+    family = FAMILIES[name]
+    _, rewriting = rewrite(family, f"local:{WIDE}")
+    reasons = [reason for _, _, reason in rewriting.layers]
+    assert [reason is None for reason in reasons] == [own == "dense" for own in family.own]
+    assert all(f"local:{OWN_WINDOW}" in reason for reason in reasons if reason)
+
+
+def test_an_excluded_layer_stays_dense(monkeypatch):
+    family = FAMILIES["bert"]
+    model, rewriting = rewrite(family, f"local:{NARROW}", exclude=("*layer.0.*",))
+    assert [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers] == ["dense", f"local:{NARROW}"]
+    inputs = family.inputs(LENGTHS, seed=3)
+    dense = outputs(rewrite(family, "dense")[0], inputs)["last_hidden_state"]
+    both = outputs(rewrite(family, f"local:{NARROW}")[0], inputs)["last_hidden_state"]
+    result = outputs(model, inputs)["last_hidden_state"].numpy()
+    assert relative_error(result, dense, inputs) > 1e-3
+    assert relative_error(result, both, inputs) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=() if name in _QUICK_EXPORTS else pytest.mark.slow)
+        for name, family in FAMILIES.items()
+    ],
+)
+def test_plain_onnxruntime_equals_torch(family, tmp_path):
+    model, rewriting = rewrite(family, f"local:{WIDE}")
+    inputs = family.inputs([24, 17])
+    graph = export_onnx(model, inputs, dynamic_axes(inputs))
+    FuseOnnxRuntime().run(graph)
+    nodes = [node for node in graph.graph if node.op_type == OP_TYPE]
+    assert [node.name for node in nodes] == [layer.name for layer, _, _ in rewriting.layers]
+    assert [str(geometry_of(node).pattern) for node in nodes] == expected_patterns(family, WIDE)
+    assert all(geometry_of(node).causal == family.causal for node in nodes)
+    save_onnx(graph, tmp_path / "model.onnx")
+    session = plain_session(tmp_path / "model.onnx")
+    padded_left = [("left", [90, 31, 2])] if family.causal else []
+    for side, lengths in [("right", [90, 64, 5]), ("right", [41]), ("right", [1]), *padded_left]:
+        inputs = family.inputs(lengths, side, seed=4)
+        reference = outputs(model, inputs)
+        names = [output.name for output in session.get_outputs()]
+        results = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+        assert set(names) == set(reference)
+        for name, result in zip(names, results, strict=True):
+            assert result.shape == tuple(reference[name].shape)
+            assert relative_error(result, reference[name], inputs) <= 1e-4, (name, side, lengths)
+
+
+def plain_session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def test_t5_is_refused_for_its_position_bias():
+    family = FAMILIES["bart-encoder"]
+    rewriting = RewriteAttention(AttentionSection(pattern="local:16"), family.inputs(LENGTHS))
+    with pytest.raises(PreconditionError, match="position bias") as refusal:
+        rewriting.run(t5_encoder())
+    assert "T5" in str(refusal.value)
+    assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_architectures_without_the_interface_are_refused_by_name(architecture):
+    rewriting = RewriteAttention(AttentionSection(pattern="local:16"), FAMILIES["bert"].inputs(LENGTHS))
+    with pytest.raises(PreconditionError, match=architecture) as refusal:
+        rewriting.run(REFUSED[architecture]().train(False))
+    assert refusal.value.remedy
+    assert refusal.value.exit_code == 2
