@@ -1,0 +1,375 @@
+"""The ``effc`` command: parses flags, calls the Python API, shows the result. No logic of its own.
+
+Exit codes: 0 done, 1 a requirement is not met, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from effc import __version__
+from effc.compiler.manifest import BenchRecord, Manifest, VerifyRecord
+from effc.compiler.recipe import Recipe, build_recipe, load_recipe, merge
+from effc.errors import EffcError, UsageError
+
+_INTERRUPTED = 130
+
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """Turns errors into one paragraph on stderr and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        debug = "--debug" in sys.argv
+        try:
+            code = super().main(*args, **kwargs)
+        except EffcError as error:
+            code = _failed(error, str(error), error.exit_code, debug)
+        except click.exceptions.Abort:
+            code = _INTERRUPTED
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            code = _INTERRUPTED
+        except click.ClickException as error:
+            error.show()
+            code = 2
+        except (OSError, MemoryError) as error:
+            text = f"{type(error).__name__}: {error}. Free memory or disk space, or check the paths; --debug shows more."
+            code = _failed(error, text, 2, debug)
+        except Exception as error:
+            text = f"effc hit an unexpected {type(error).__name__}: {error}. Run again with --debug and report the trace."
+            code = _failed(error, text, 2, debug)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    click.secho("Error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(text, err=True)
+    return code
+
+
+def _common(command: Command) -> Command:
+    """The flags that every command takes."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+    command = click.option("--quiet", is_flag=True, help="Print errors only.")(command)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A rich progress bar on stderr, or nothing."""
+    if not show:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def _plain(record: Any) -> Any:
+    """JSON values of a record; infinities become text."""
+    return json.loads(record.model_dump_json())
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="effc")
+def main() -> None:
+    """Compile Hugging Face Transformers to sparse attention and INT8, and measure what it brought."""
+    # Libraries would write to the terminal over effc's own progress.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Artifact directory to make.")
+@click.option("--attn", help="Attention pattern, e.g. local:256.")
+@click.option("--attn-exclude", multiple=True, help="Glob of attention modules that stay as they are; repeatable.")
+@click.option("--allow-partial", is_flag=True, default=None, help="Exit 0 even if some layers cannot be rewritten.")
+@click.option("--quant", help="Quantization: none or int8.")
+@click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
+@click.option("--calibration", type=click.Path(), help="Text, .jsonl or .csv file for static INT8 ranges.")
+@click.option("--target", help="What the artifact runs on: onnxruntime.")
+@click.option("--task", help="Detected from the config when not given.")
+@click.option("--revision", help="Hub branch, tag or commit.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that the checkpoint brings along.")
+@click.option("--recipe", type=click.Path(), help="Recipe file; flags override it.")
+@click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file to verify quality on.")
+@click.option("--lengths", help="Lengths to benchmark, e.g. 512,1024.")
+@click.option("--no-bench", is_flag=True, help="Do not measure speed.")
+@click.option("--require-speedup", type=float, help="Exit 1 below this speed-up at the longest length.")
+@click.option("--max-quality-drop", type=float, help="Exit 1 above this quality drop.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@_common
+def compile(output: Path, overwrite: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
+    """Compile MODEL (a local directory, a GGUF file or a hub name)."""
+    from effc.compiler.artifact import check_output
+
+    recipe = _recipe(flags)
+    check_output(output, overwrite)
+    from effc.compiler.pipeline import run
+
+    with _progress(not (quiet or as_json)) as progress:
+        artifact = run(recipe, output, overwrite=overwrite, progress=progress)
+    manifest = artifact.manifest
+    if as_json:
+        _print_json(
+            {
+                "output": str(artifact.path),
+                "passes": [_plain(record) for record in manifest.passes],
+                "metrics": {
+                    "verification": manifest.verification and _plain(manifest.verification),
+                    "benchmark": manifest.benchmark and _plain(manifest.benchmark),
+                },
+                "attention": [_plain(layer) for layer in manifest.attention],
+                "unmet": list(artifact.unmet),
+            }
+        )
+    elif not quiet:
+        _show_passes(manifest)
+        _show_verification(manifest.verification)
+        _show_benchmark(manifest.benchmark)
+        click.echo(f"Artifact: {artifact.path}\nReport:   {artifact.path / 'report.html'}")
+    for sentence in artifact.unmet:
+        click.secho("Not met: ", fg="yellow", bold=True, err=True, nl=False)
+        click.echo(sentence, err=True)
+    return 1 if artifact.unmet else 0
+
+
+def _recipe(flags: dict[str, Any]) -> Recipe:
+    """The recipe file with the given flags on top."""
+    over: dict[str, Any] = {}
+
+    def put(value: Any, *keys: str) -> None:
+        if value is None or value == ():
+            return
+        section = over
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+        section[keys[-1]] = list(value) if isinstance(value, tuple) else value
+
+    put(flags["model"], "model", "path")
+    put(flags["task"], "model", "task")
+    put(flags["revision"], "model", "revision")
+    put(flags["trust_remote_code"], "model", "trust_remote_code")
+    put(flags["attn"], "attention", "pattern")
+    put(flags["attn_exclude"], "attention", "exclude")
+    put(flags["allow_partial"], "attention", "allow_partial")
+    put(flags["quant"], "quantization", "mode")
+    put(flags["quant_exclude"], "quantization", "exclude")
+    put(flags["calibration"], "quantization", "calibration", "data")
+    put(flags["target"], "target")
+    put(flags["data"], "verify", "data")
+    put(_lengths(flags["lengths"]), "bench", "lengths")
+    put(False if flags["no_bench"] else None, "bench", "enabled")
+    put(flags["require_speedup"], "require", "min_speedup")
+    put(flags["max_quality_drop"], "require", "max_quality_drop")
+    base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
+    recipe = build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")
+    if recipe.require.min_speedup is not None and not recipe.bench.enabled:
+        raise UsageError("--require-speedup needs a measurement.", "Leave --no-bench out.")
+    return recipe
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"'{text}' is not a list of lengths.", "Write, for example, --lengths 512,1024.") from None
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_common
+def inspect(artifact: Path, as_json: bool, quiet: bool, debug: bool) -> int:
+    """Show what an artifact is and what was done to it."""
+    from effc.compiler.runtime import check_files, read_manifest
+
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest)
+    if as_json:
+        _print_json(_plain(manifest))
+    elif not quiet:
+        source = manifest.source
+        click.echo(f"{source.architecture} ({source.task}), {source.parameters:,} parameters, from {source.path}")
+        click.echo(f"effc {manifest.effc_version}, target {manifest.target}, {manifest.created:%Y-%m-%d %H:%M} UTC")
+        _show_passes(manifest)
+        table = Table("attention module", "was", "is", "direction", "heads", "note")
+        for layer in manifest.attention:
+            heads = f"{layer.num_heads}/{layer.kv_heads} x {layer.head_dim}"
+            direction = "causal" if layer.causal else "bidirectional"
+            table.add_row(layer.layer, layer.source, layer.pattern, direction, heads, layer.reason or "")
+        Console().print(table)
+        _show_verification(manifest.verification)
+        _show_benchmark(manifest.benchmark)
+    return 0
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file; labels give the task's own metric.")
+@click.option("--samples", type=int, help="Samples to compare at most.")
+@click.option("--max-length", type=int, help="Tokens per sample.")
+@click.option("--source", type=click.Path(), help="Where the source model is now, if it was moved.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
+@click.option("--max-quality-drop", type=float, help="Exit 1 above this quality drop.")
+@_common
+def verify(
+    artifact: Path, max_quality_drop: float | None, as_json: bool, quiet: bool, debug: bool, **options: Any
+) -> int:
+    """Compare an artifact with its untouched source model."""
+    from effc.compiler.pipeline import remeasured
+    from effc.compiler.verify import verify as run
+
+    with _progress(not (quiet or as_json)) as progress:
+        told = None if progress is None else lambda done, total: progress("samples", done, total)
+        record = run(artifact, progress=told, **options)
+    remeasured(artifact, verification=record)
+    if as_json:
+        _print_json(_plain(record))
+    elif not quiet:
+        _show_verification(record)
+    if max_quality_drop is not None and not record.quality_drop <= max_quality_drop:
+        click.echo(f"Not met: the quality drop is {record.quality_drop:.4f}, above {max_quality_drop:g}.", err=True)
+        return 1
+    return 0
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--lengths", help="Tokens per sequence, e.g. 512,1024,2048,4096.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences per run.")
+@click.option("--rounds", type=int, default=3, show_default=True, help="How often the two take turns per length.")
+@click.option("--threads", type=int, help="Computing threads of each; all usable cores when not given.")
+@click.option("--no-native", is_flag=True, help="Run the standard-operator bodies, not effc's native kernels.")
+@click.option("--require-speedup", type=float, help="Exit 1 below this speed-up at the longest length.")
+@_common
+def bench(
+    artifact: Path,
+    lengths: str | None,
+    no_native: bool,
+    require_speedup: float | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
+) -> int:
+    """Time an artifact against the dense twin of its model, side by side."""
+    from effc.compiler.bench import bench as run
+    from effc.compiler.pipeline import remeasured
+
+    with _progress(not (quiet or as_json)) as progress:
+        record = run(artifact, lengths=_lengths(lengths), native=not no_native, progress=progress, **options)
+    remeasured(artifact, benchmark=record)
+    if as_json:
+        _print_json(_plain(record))
+    elif not quiet:
+        _show_benchmark(record)
+    longest = str(max(record.lengths))
+    if require_speedup is not None and record.speedup[longest] < require_speedup:
+        click.echo(
+            f"Not met: {record.speedup[longest]:.2f}x at {longest} tokens, below {require_speedup:g}x.", err=True
+        )
+        return 1
+    return 0
+
+
+@main.command()
+@_common
+def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
+    """Say what this machine can do, and how to install what is missing."""
+    from effc.compiler.doctor import diagnose, render
+
+    report = diagnose()
+    if as_json:
+        _print_json(_plain(report))
+    elif not quiet:
+        render(report, Console())
+    return 0
+
+
+@main.group()
+def recipe() -> None:
+    """Work with recipes."""
+
+
+@recipe.command()
+@click.argument("path", required=False, type=click.Path())
+@_common
+def show(path: str | None, as_json: bool, quiet: bool, debug: bool) -> int:
+    """Print the full recipe with defaults, or that of a recipe file."""
+    whole = build_recipe(load_recipe(path) if path else {}, origin=path or "the recipe")
+    if as_json:
+        _print_json(_plain(whole))
+    elif not quiet:
+        click.echo(whole.to_yaml(), nl=False)
+    return 0
+
+
+def _show_passes(manifest: Manifest) -> None:
+    table = Table("pass", "seconds", "changed", "skipped", "error to source", title="Passes")
+    for record in manifest.passes:
+        worst = max((deviation.relative_error for deviation in (record.probe or {}).values()), default=None)
+        seconds = "cached" if record.cached else f"{record.seconds:.1f}"
+        error = "" if worst is None else f"{worst:.2g}"
+        table.add_row(record.name, seconds, str(len(record.changed)), str(len(record.skipped)), error)
+    Console().print(table)
+
+
+def _show_verification(record: VerifyRecord | None) -> None:
+    if record is None:
+        return
+    table = Table("output", "relative error", "cosine", "top-1 agreement", title=f"Quality on {record.data}")
+    for name, deviation in record.outputs.items():
+        top1 = "" if deviation.top1_agreement is None else f"{deviation.top1_agreement:.4f}"
+        table.add_row(name, f"{deviation.relative_error:.4f}", f"{deviation.cosine:.4f}", top1)
+    console = Console()
+    console.print(table)
+    console.print(f"Quality drop ({record.quality_metric}): {record.quality_drop:.4f}, {record.samples} samples")
+
+
+def _show_benchmark(record: BenchRecord | None) -> None:
+    if record is None:
+        return
+    table = Table(
+        "tokens", "dense ms", "compiled ms", "speed-up", "memory", title=f"CPU time against {record.dense_form}"
+    )
+    for length in map(str, record.lengths):
+        table.add_row(
+            length,
+            f"{record.dense[length].cpu_ms:.1f}",
+            f"{record.compiled[length].cpu_ms:.1f}",
+            f"{record.speedup[length]:.2f}x",
+            f"{record.memory_ratio[length]:.2f}x",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
