@@ -37,7 +37,8 @@ format: setup
 demo: setup
 	rm -rf demo && mkdir demo
 	python scripts/write_reviews.py --count 100 demo/reviews.jsonl
-	effc compile "$$(python scripts/find_minilm.py)" --attn=local:256 --quant=int8 --target=onnxruntime -o $(DEMO)
+	effc compile "$$(python scripts/find_minilm.py)" --attn=local:256 --quant=int8 --target=onnxruntime \
+		--data demo/reviews.jsonl -o $(DEMO)
 	effc verify $(DEMO) --data demo/reviews.jsonl
 	effc bench $(DEMO)
 	@echo

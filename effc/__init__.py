@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from effc.compiler.runtime import CompiledModel as CompiledModel
     from effc.compiler.runtime import load as load
     from effc.compiler.verify import verify as verify
+    from effc.plugins.native import native_library as native_library
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _EXPORTS = {
     "load": "effc.compiler.runtime",
     "verify": "effc.compiler.verify",
     "bench": "effc.compiler.bench",
+    "native_library": "effc.plugins.native",
 }
 
 

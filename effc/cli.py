@@ -42,16 +42,16 @@ class _Group(click.Group):
         except click.exceptions.Abort:
             code = _INTERRUPTED
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            click.echo("Interrupted; no half-written output was left.", err=True)
             code = _INTERRUPTED
         except click.ClickException as error:
             error.show()
             code = 2
         except (OSError, MemoryError) as error:
-            text = f"{type(error).__name__}: {error}. Free memory or disk space, or check the paths; --debug shows more."
+            text = f"{type(error).__name__}: {error}. Check the paths, free memory and disk; --debug shows more."
             code = _failed(error, text, 2, debug)
         except Exception as error:
-            text = f"effc hit an unexpected {type(error).__name__}: {error}. Run again with --debug and report the trace."
+            text = f"Unexpected {type(error).__name__}: {error}. Run again with --debug and report the trace."
             code = _failed(error, text, 2, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -189,10 +189,7 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(flags["require_speedup"], "require", "min_speedup")
     put(flags["max_quality_drop"], "require", "max_quality_drop")
     base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
-    recipe = build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")
-    if recipe.require.min_speedup is not None and not recipe.bench.enabled:
-        raise UsageError("--require-speedup needs a measurement.", "Leave --no-bench out.")
-    return recipe
+    return build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:

@@ -38,7 +38,11 @@ def one_node_model(geometry: AttentionGeometry, masked: bool) -> onnx.ModelProto
     return helper.make_model(
         helper.make_graph([node], "one_node", inputs, [output]),
         functions=[ir.serde.serialize_function(function_body(geometry, masked))],
-        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)],
+        opset_imports=[
+            helper.make_opsetid("", 23),
+            helper.make_opsetid(DOMAIN, 1),
+            helper.make_opsetid("com.microsoft", 1),
+        ],
         ir_version=10,
     )
 

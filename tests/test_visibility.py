@@ -51,8 +51,9 @@ def refused(mask_function) -> str:
     return visibility.unsupported
 
 
-def test_chunked_attention_is_refused():
-    chunked = masking_utils.chunked_causal_mask_function(16, torch.zeros(1, dtype=torch.long))
+@pytest.mark.parametrize("size", [15, 16, 8192])
+def test_chunked_attention_is_refused(size):
+    chunked = masking_utils.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))
     assert "absolute positions" in refused(chunked)
 
 

@@ -27,6 +27,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
         OutputError: if ``output`` holds something and ``overwrite`` is False, cannot be written, or the disk is full.
     """
     check_output(output, overwrite)
+    output = output.absolute()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -55,6 +56,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output directory that holds something else, before any work is done."""
+    output = output.absolute()
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise OutputError(
@@ -66,12 +68,12 @@ def check_output(output: Path, overwrite: bool) -> None:
             )
     elif output.exists() and not output.is_dir():
         raise OutputError(f"'{output}' is a file.", "Give a directory.")
-    parent = next((p for p in (output if output.is_dir() else output.parent, *output.parents) if p.exists()), output)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"'{output}' cannot be created: '{parent}' is not a writable directory.",
-            "Give a directory that you may write.",
-        )
+    parent = next(p for p in (output.parent, *output.parent.parents) if p.exists())
+    try:
+        # Only trying tells: permission bits say nothing of read-only mounts and quotas.
+        Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent)).rmdir()
+    except OSError as error:
+        raise _write_error(output, error) from error
 
 
 def record_files(directory: Path) -> dict[str, FileRecord]:
@@ -99,5 +101,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def _write_error(output: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"The disk is full while writing '{output}'.", "Free some space or give another directory.")
-    return OutputError(f"'{output}' cannot be written: {error.strerror}.", "Give a directory that you may write.")
+        return OutputError(f"The disk is full while writing '{output}'.", "Free space or give another directory.")
+    return OutputError(
+        f"'{output}' cannot be written: {error.strerror or error}.", "Give a directory that you may write."
+    )

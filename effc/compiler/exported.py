@@ -29,12 +29,13 @@ _EXAMPLE_LENGTHS = (40, 24)
 
 
 def export_key(source: SourceModel, layers: list[AttentionLayer]) -> str:
-    """What decides the exported graph: weights, config, task, the attention of every layer, and the toolchain."""
+    """What decides the exported graph and its twin: model, task, attention of every layer, fusion and toolchain."""
     return cache_key(
         version=EXPORT_VERSION,
         fingerprint=source.located.fingerprint,
         task=source.task.name,
         attention=[layer.model_dump(mode="json") for layer in layers],
+        fusion=FuseOnnxRuntime().identity(),
         toolchain=toolchain(),
     )
 

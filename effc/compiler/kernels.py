@@ -20,6 +20,8 @@ UNFUSED = "MatMul + Softmax"
 UNKNOWN = "not identified"
 
 _OPERATOR = "SparseAttention"
+BODY_PREFIX = f"{_OPERATOR}_body/"
+"""In the names of a body's nodes inside branches and loops, which ONNX Runtime does not rename when it inlines."""
 # ONNX Runtime names the nodes of an inlined function _inlfunc_<function>_<node>, and from the second call on
 # _inlfunc_<function>_token_<n>_<node>.
 _INLINED = re.compile(rf"^_inlfunc_{_OPERATOR}_(token_\d+_)?")
@@ -46,6 +48,9 @@ def attention_kernels(events: Sequence[KernelEvent], layers: Iterable[AttentionL
     # Bodies whose nodes have no names leave no trace of theirs; but what is not native can only have been inlined.
     if len(bodies) in (0, len(rewritten)):
         result.update(dict.fromkeys(rewritten, BODY))
+    elif len(bodies) == len(layers) - len(result):
+        # Layers that keep their own pattern are effc operators too.
+        return {layer.layer: result.get(layer.layer, BODY) for layer in layers}
 
     dense = [layer.layer for layer in layers if not layer.rewritten]
     fused = [event for event in outside if event.operator in _FUSED_ATTENTION]
@@ -68,7 +73,7 @@ def linear_kernels(events: Iterable[KernelEvent]) -> dict[str, str]:
     """
     result = {}
     for event in events:
-        if _INLINED.match(event.node):
+        if _INLINED.match(event.node) or BODY_PREFIX in event.node:
             continue
         if event.operator in _INT8:
             result[event.node] = f"int8 {event.operator}"

@@ -14,9 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
+from effc.passes.attention_settings import AttentionSection
 from effc.passes.quantize_settings import CalibrationSection as CalibrationSection
 from effc.passes.quantize_settings import QuantizationSection
-from effc.passes.attention_settings import AttentionSection
 from effc.suggest import did_you_mean
 
 TARGETS = ("onnxruntime",)

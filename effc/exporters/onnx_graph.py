@@ -17,6 +17,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
 
 from effc.errors import PassFailedError
+from effc.exporters.rotary_batch import expand_rotary_caches
 from effc.plugins.function_body import OPSET, attach_bodies
 
 
@@ -40,7 +41,7 @@ def export_onnx(
         model.config.use_cache = False
     try:
         with _quiet(), torch.no_grad():
-            graph = OnnxExporter().export(model, dict(inputs), config).program
+            graph: ir.Model = OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PassFailedError(
@@ -51,6 +52,7 @@ def export_onnx(
         if use_cache:
             model.config.use_cache = use_cache
     _name_axes(graph, axes)
+    expand_rotary_caches(graph)
     attach_bodies(graph)
     return graph
 
@@ -83,8 +85,10 @@ def _quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(
-            io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
             yield

@@ -13,7 +13,9 @@ import onnx
 import onnx_ir as ir
 from onnx import parser
 
+from effc.errors import PassFailedError
 from effc.plugins.operator import DOMAIN, LAYER_ATTRIBUTE, OP_TYPE, AttentionGeometry
+from effc.plugins.pattern import parse_pattern
 
 OPSET = 23
 # Scores of one chunk, in bytes, that stay in a core's second-level cache. Measured best at 1 to 2 MiB.
@@ -63,16 +65,17 @@ def attach_bodies(model: ir.Model) -> list[ir.Node]:
 
 def geometry_of(node: ir.Node) -> AttentionGeometry:
     """Read a node's attributes back."""
-    from effc.plugins.pattern import parse_pattern
-
     heads = node.attributes["num_heads"].as_int()
-    width = node.inputs[0].shape[-1]  # type: ignore[index,union-attr]
+    query = node.inputs[0]
+    width = query.shape[-1] if query is not None and query.shape is not None else None
+    if not isinstance(width, int):
+        raise PassFailedError(f"The width of the queries of '{node.name}' is not static.", "Please report this model.")
     return AttentionGeometry(
         parse_pattern(node.attributes["pattern"].as_string()),
         bool(node.attributes["causal"].as_int()),
         heads,
         node.attributes["kv_num_heads"].as_int(),
-        int(width) // heads,
+        width // heads,
         node.attributes["scale"].as_float(),
     )
 
@@ -81,6 +84,16 @@ def _name_nodes(proto: onnx.FunctionProto) -> None:
     """Name the nodes by what they compute, so that a profile shows whose body they belong to."""
     for node in proto.node:
         node.name = node.output[0]
+        for attribute in node.attribute:
+            _name_inner_nodes(attribute.g)
+
+
+def _name_inner_nodes(graph: onnx.GraphProto) -> None:
+    """Nodes in branches and loops keep their names when the function is inlined, so these say where they come from."""
+    for node in graph.node:
+        node.name = f"{OP_TYPE}_body/{node.output[0]}"
+        for attribute in node.attribute:
+            _name_inner_nodes(attribute.g)
 
 
 _ALL_VISIBLE = """
@@ -205,7 +218,9 @@ def _blocked(g: AttentionGeometry, left: int, right: int) -> str:
         query_shape = Constant <value_ints: ints = [0, -1, {blocks}, {block}, {kv}, {groups}, {dim}]> ()
         query_split = Reshape (query_padded, query_shape)
         query_by_chunk = Transpose <perm: ints = [1, 0, 4, 2, 5, 3, 6]> (query_split)
-        output_by_chunk = Scan <num_scan_inputs: int = 4, body: graph = chunk_body (chunk_query, chunk_rows, chunk_bias, chunk_sees_any) => (chunk_output) {{
+        output_by_chunk = Scan <num_scan_inputs: int = 4, body: graph = chunk_body (
+            chunk_query, chunk_rows, chunk_bias, chunk_sees_any
+        ) => (chunk_output) {{
             keys = Gather <axis: int = 2> (key_heads, chunk_rows)
             values = Gather <axis: int = 2> (value_heads, chunk_rows)
             rows_folded = Constant <value_ints: ints = [0, {kv}, {blocks}, {groups * block}, {dim}]> ()
@@ -251,7 +266,9 @@ def _dense(g: AttentionGeometry) -> str:
         mask_rows = Unsqueeze (key_mask, mask_axes)
         {_causal_mask() if g.causal else _BIDIRECTIONAL_MASK}
         bias = Where (visible, no_bias, lowest_bias)
-        attended = Attention <q_num_heads: int = {g.num_heads}, kv_num_heads: int = {g.kv_heads}, scale: float = {_float(g.scale)}> (query, key, value, bias)
+        attended = Attention <
+            q_num_heads: int = {g.num_heads}, kv_num_heads: int = {g.kv_heads}, scale: float = {_float(g.scale)}
+        > (query, key, value, bias)
         visible_float = Cast <to: int = 1> (visible)
         last_axis = Constant <value_ints: ints = [-1]> ()
         sees_any = ReduceMax <keepdims: int = 0> (visible_float, last_axis)
@@ -310,7 +327,9 @@ def _fused_causal(g: AttentionGeometry) -> str:
         last_index = Sub (key_count, one_int)
         batch_1d = Shape <start: int = 0, end: int = 1> (key)
         last_indices = Expand (last_index, batch_1d)
-        unpadded_output, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads: int = {g.num_heads}, kv_num_heads: int = {g.kv_heads}, scale: float = {_float(g.scale)}> (query, key, value, , , last_indices, key_count)
+        unpadded_output, present_key, present_value = com.microsoft.GroupQueryAttention <
+            num_heads: int = {g.num_heads}, kv_num_heads: int = {g.kv_heads}, scale: float = {_float(g.scale)}
+        > (query, key, value, , , last_indices, key_count)
     """
 
 

@@ -127,7 +127,7 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of the interface: ``[batch, heads, length, head_dim]`` in, ``[batch, length, heads, ...]`` out."""
+    """The interface's attention: ``[batch, heads, length, head_dim]`` in, ``[batch, length, heads, head_dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if _observation is not None:
         visibility = _source_visibility(_observation, module, query, key, value, attention_mask, is_causal, kwargs)

@@ -35,7 +35,8 @@ def read_mask_function(mask_function: Callable[..., torch.Tensor]) -> Visibility
     distance = torch.arange(-_WIDEST, _WIDEST + 1)
     zero = torch.zeros((), dtype=torch.long)
     seen = []
-    for position in (8 * _WIDEST, 8 * _WIDEST + 12_345):
+    # A prime apart, so that no chunk size puts both at the same place of their chunk.
+    for position in (8 * _WIDEST, 8 * _WIDEST + 12_347):
         query = torch.full_like(distance, position)
         try:
             seen.append(torch.as_tensor(mask_function(zero, zero, query, query + distance)).expand(distance.shape))
