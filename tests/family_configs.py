@@ -232,3 +232,9 @@ def t5_encoder() -> PreTrainedModel:
         num_heads=4,
         pad_token_id=PAD,
     )().train(False)
+
+
+def gemma2() -> PreTrainedModel:
+    """Gemma 2, which caps the scores of every layer."""
+    sizes = _GROUPED | {"head_dim": 16, "sliding_window": OWN_WINDOW}
+    return _of("Gemma2Model", "Gemma2Config", **sizes)().train(False)

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, t5_encoder
+from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, gemma2, t5_encoder
 from transformers import PreTrainedModel
 
 from effc.compiler.inputs import dynamic_axes
@@ -203,6 +203,12 @@ def test_t5_is_refused_for_its_position_bias():
         rewriting.run(t5_encoder())
     assert "T5" in str(refusal.value)
     assert refusal.value.exit_code == 2
+
+
+def test_capped_scores_are_refused():
+    rewriting = RewriteAttention(AttentionSection(pattern="local:16"), FAMILIES["llama"].inputs(LENGTHS))
+    with pytest.raises(PreconditionError, match="Gemma2Model.*caps the scores"):
+        rewriting.run(gemma2())
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

@@ -6,6 +6,7 @@ ONNX Runtime's fused kernels. It is what a user would deploy without effc, at it
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.plugins.function_body import attach_bodies
 from effc.plugins.operator import DOMAIN, OP_TYPE
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 # The lengths of the two example sequences; any that are neither equal nor special would do.
 _EXAMPLE_LENGTHS = (40, 24)
 
@@ -74,8 +75,11 @@ def restore_source_attention(model: ir.Model, layers: list[AttentionLayer]) -> N
     forms: set[str] = set()
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == OP_TYPE:
-            node.attributes["pattern"] = ir.AttrString("pattern", source[node.name or ""])
-            forms.add(source[node.name or ""])
+            # A module that runs several times (ALBERT) has a node for each run, told apart by a number behind its name.
+            name = node.name or ""
+            pattern = source[name if name in source else re.sub(r"_\d+$", "", name)]
+            node.attributes["pattern"] = ir.AttrString("pattern", pattern)
+            forms.add(pattern)
     attach_bodies(model)
     causal = any(layer.causal for layer in layers)
     kernel = "contrib GroupQueryAttention" if causal else "contrib MultiHeadAttention"
