@@ -92,7 +92,8 @@ def test_doctor_and_recipe_show(cache):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no/such/directory", "--attn=local:8"], "HF_HUB_OFFLINE"),
+        (["no/such/directory", "--attn=local:8"], "no file or directory"),
+        (["owner/no-such-model", "--attn=local:8"], "HF_HUB_OFFLINE"),
         (["{empty}", "--attn=local:8"], "config.json"),
         (["{model}", "--attn=local:0"], "at least 1"),
         (["{model}", "--attn=local:-3"], "at least 1"),
