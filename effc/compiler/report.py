@@ -39,6 +39,8 @@ FLAGS = {
     "target": "--target",
     "model.task": "--task",
     "model.revision": "--revision",
+    "quantization.calibration.data": "--calibration",
+    "verify.data": "--data",
     "require.min_speedup": "--require-speedup",
     "require.max_quality_drop": "--max-quality-drop",
 }
@@ -84,7 +86,7 @@ def render_report(manifest: Manifest) -> str:
     return template.render(
         manifest=manifest,
         name=PurePosixPath(manifest.source.path.rstrip("/")).name or manifest.source.path,
-        command=command_line(manifest.recipe, manifest.source.path),
+        command=command_line(manifest.recipe, manifest.recipe.get("model", {}).get("path") or manifest.source.path),
         recipe_yaml=yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
         verdict=judge(manifest),
         requirements=check_requirements(manifest),
