@@ -21,7 +21,7 @@ from rich.table import Table
 
 from effc import __version__
 from effc.compiler.manifest import BenchRecord, Manifest, VerifyRecord
-from effc.compiler.recipe import Recipe, build_recipe, load_recipe, merge
+from effc.compiler.recipe import Recipe, build_recipe, default_output, load_recipe, merge
 from effc.errors import EffcError, UsageError
 
 _INTERRUPTED = 130
@@ -106,7 +106,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Artifact directory to make.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Artifact directory to make; <model name>.effc by default."
+)
 @click.option("--attn", help="Attention pattern, e.g. local:256.")
 @click.option("--attn-exclude", multiple=True, help="Glob of attention modules that stay as they are; repeatable.")
 @click.option("--allow-partial", is_flag=True, default=None, help="Exit 0 even if some layers cannot be rewritten.")
@@ -125,11 +127,12 @@ def main() -> None:
 @click.option("--max-quality-drop", type=float, help="Exit 1 above this quality drop.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
 @_common
-def compile(output: Path, overwrite: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
+def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
     """Compile MODEL (a local directory, a GGUF file or a hub name)."""
     from effc.compiler.artifact import check_output
 
     recipe = _recipe(flags)
+    output = output or default_output(recipe)
     check_output(output, overwrite)
     from effc.compiler.pipeline import run
 

@@ -257,6 +257,13 @@ def test_cache_prunes_the_oldest(tmp_path, monkeypatch):
     assert not (tmp_path / "kind" / "c").exists()
 
 
+def test_default_output_is_named_after_the_model(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = effc.compile(checkpoint, attention="local:8", bench=NO_BENCH)
+    assert done.path == Path(f"{checkpoint.name}.effc")
+    assert (tmp_path / done.path / "effc.json").is_file()
+
+
 def test_recipe_values_and_unknown_sections(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'bench'"):
         effc.compile(checkpoint, output=tmp_path / "x", bensh={"enabled": False})

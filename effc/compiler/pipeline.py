@@ -34,7 +34,7 @@ from effc.compiler.manifest import (
     VerifyRecord,
 )
 from effc.compiler.metrics import compare_outputs
-from effc.compiler.recipe import Recipe, build_recipe, load_recipe, merge
+from effc.compiler.recipe import Recipe, build_recipe, default_output, load_recipe, merge
 from effc.compiler.runtime import MODEL_NAME
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.toolchain import toolchain
@@ -83,7 +83,7 @@ class Rewritten:
 def compile(
     model: str | Path | None = None,
     *,
-    output: str | Path,
+    output: str | Path | None = None,
     attention: str | Mapping[str, Any] | None = None,
     quantization: str | Mapping[str, Any] | None = None,
     target: str | None = None,
@@ -99,7 +99,7 @@ def compile(
 
     Args:
         model: local directory, GGUF file or hub name.
-        output: the directory to make.
+        output: the directory to make; ``<model name>.effc`` in the working directory when None.
         attention: pattern text such as ``local:256``, or the recipe's section.
         quantization: ``none``, ``int8``, or the recipe's section.
         target: what the artifact runs on.
@@ -121,7 +121,8 @@ def compile(
     for key, value in (("attention", attention), ("quantization", quantization), ("target", target)):
         if value is not None:
             flags[key] = value
-    artifact = run(_whole_recipe(recipe, flags), Path(output), overwrite=overwrite, progress=progress)
+    whole = _whole_recipe(recipe, flags)
+    artifact = run(whole, Path(output or default_output(whole)), overwrite=overwrite, progress=progress)
     if check and artifact.unmet:
         raise RequirementError(" ".join(artifact.unmet), f"The artifact is at '{artifact.path}'.")
     return artifact

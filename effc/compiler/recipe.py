@@ -116,6 +116,11 @@ def build_recipe(values: Mapping[str, Any], *, origin: str = "the recipe") -> Re
         raise UsageError(*_explain(error, origin)) from None
 
 
+def default_output(recipe: Recipe) -> Path:
+    """``<model name>.effc`` in the working directory."""
+    return Path(f"{Path(recipe.model.path or 'model').resolve().name}.effc")
+
+
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe file into plain values, for :func:`build_recipe` or :func:`merge`.
 
