@@ -81,9 +81,7 @@ def test_inspect_verify_and_bench(compiled, cache, tmp_path):
 
 
 def test_doctor_and_recipe_show(cache):
-    assert "checks" in effc("doctor", "--json", cache=cache).stdout or json.loads(
-        effc("doctor", "--json", cache=cache).stdout
-    )
+    assert json.loads(effc("doctor", "--json", cache=cache).stdout)["machine"]["architecture"]
     shown = effc("recipe", "show", cache=cache)
     assert "quantization:" in shown.stdout
     assert shown.returncode == 0

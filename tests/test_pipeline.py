@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -246,8 +247,6 @@ def test_cache_prunes_the_oldest(tmp_path, monkeypatch):
     def make(directory: Path) -> None:
         (directory / "file").write_bytes(b"x" * 10)
 
-    import os
-
     for age, key in enumerate(["c", "b", "a"]):
         entry, hit = cache_module.cached("kind", key, make)
         assert not hit
@@ -262,6 +261,18 @@ def test_default_output_is_named_after_the_model(checkpoint, tmp_path, monkeypat
     done = effc.compile(checkpoint, attention="local:8", bench=NO_BENCH)
     assert done.path == Path(f"{checkpoint.name}.effc")
     assert (tmp_path / done.path / "effc.json").is_file()
+
+
+@pytest.mark.parametrize("error", [28, 30])
+def test_unusable_cache_names_the_remedy(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("EFFC_CACHE", str(tmp_path))
+
+    def make(_):
+        raise OSError(error, os.strerror(error))
+
+    with pytest.raises(OutputError, match="EFFC_CACHE"):
+        cache_module.cached("kind", "a", make)
+    assert list((tmp_path / "kind").iterdir()) == []
 
 
 def test_recipe_values_and_unknown_sections(checkpoint, tmp_path):

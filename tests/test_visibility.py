@@ -79,3 +79,10 @@ def test_a_function_that_hides_everything_is_refused():
 @pytest.mark.parametrize("back", [3, 40])
 def test_seeing_only_the_past_without_the_token_itself_is_refused(back):
     assert refused(lambda b, h, q, k: (k < q) & (k > q - back))
+
+
+def test_a_mask_that_is_no_pattern_is_marked_unreadable():
+    uneven = read_mask_function(lambda batch, head, query, key: (key >= query - 5) & (key <= query + 2))
+    assert uneven.unsupported
+    assert not uneven.readable
+    assert read_mask_function(lambda batch, head, query, key: key <= query).readable

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from effc.errors import OutputError
+
 # Oldest entries go first when the cache outgrows this.
 _LIMIT_BYTES = 20 << 30
 
@@ -37,13 +39,19 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> tuple[Path, boo
 
     Returns:
         the directory, and whether it was there already.
+
+    Raises:
+        OutputError: if the cache cannot be written, for example on a full disk.
     """
     entry = cache_directory() / kind / key
     if entry.is_dir():
         os.utime(entry)
         return entry, True
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=entry.parent))
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=entry.parent))
+    except OSError as error:
+        raise _unusable(error) from error
     try:
         make(staging)
         try:
@@ -52,10 +60,19 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> tuple[Path, boo
             # Another compile made the same entry meanwhile.
             if not entry.is_dir():
                 raise
+    except OSError as error:
+        raise _unusable(error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _prune(keep=entry)
     return entry, False
+
+
+def _unusable(error: OSError) -> OutputError:
+    return OutputError(
+        f"The cache '{cache_directory()}' cannot be written: {error.strerror or error}.",
+        "Free some space, or name another directory in EFFC_CACHE.",
+    )
 
 
 def _prune(keep: Path) -> None:

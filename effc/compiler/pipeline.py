@@ -21,7 +21,7 @@ from effc import __version__
 from effc.compiler.artifact import check_output, record_files, staged, write_manifest
 from effc.compiler.bench import bench, choose_lengths
 from effc.compiler.data import read_samples, tokenize
-from effc.compiler.exported import describe_layers, export_key, exported_graph, twin_of
+from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, exported_graph, twin_of
 from effc.compiler.inputs import graph_inputs, input_names, ragged_inputs, token_mask
 from effc.compiler.manifest import (
     AttentionLayer,
@@ -46,6 +46,7 @@ from effc.passes.base import PassResult
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.quantize_int8 import QuantizeInt8
 from effc.passes.rewrite_attention import RewriteAttention, describe
+from effc.plugins.function_body import OPSET
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, steps done, steps in all)``."""
@@ -202,7 +203,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         started = time.perf_counter()
         exported, hit = exported_graph(source, layers)
         key = export_key(source, layers)
-        log.add("export", 1, started, PassResult(None, True, metrics={"opset": 23}), cached=hit)
+        log.add("export", EXPORT_VERSION, started, PassResult(None, True, metrics={"opset": OPSET}), cached=hit)
 
     with staged(output, overwrite) as staging:
         path = staging / MODEL_NAME
@@ -240,7 +241,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         )
         write_manifest(staging, manifest)
         with log.step("verify"):
-            manifest.verification = _verify(staging, recipe, source)
+            manifest.verification = verify(staging, trust_remote_code=recipe.model.trust_remote_code)
         if recipe.bench.enabled:
             with log.step("bench"):
                 manifest.benchmark = _bench(staging, recipe, manifest, exported, key)
@@ -324,10 +325,6 @@ def _output_records(path: Path) -> list[TensorRecord]:
         )
         for value in graph.outputs
     ]
-
-
-def _verify(staging: Path, recipe: Recipe, source: SourceModel) -> VerifyRecord:
-    return verify(staging, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _bench(staging: Path, recipe: Recipe, manifest: Manifest, exported: Path, key: str) -> BenchRecord:

@@ -78,7 +78,7 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
                 f"({observed[0].name}).",
                 "Compile a model whose attention depends on positions and padding only.",
             )
-        unreadable = [layer for layer in unsupported if "mask" in str(layer.visibility.unsupported)]
+        unreadable = [layer for layer in unsupported if not layer.visibility.readable]
         if unreadable:
             raise PreconditionError(
                 f"{unreadable[0].name} of {architecture} cannot be compiled: {unreadable[0].visibility.unsupported}.",
@@ -108,7 +108,7 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
             pattern, reason = source.pattern, "excluded by the recipe"
         elif _narrower(source.pattern, pattern, source.causal):
             pattern = source.pattern
-            reason = f"keeps the model's own {source.pattern}, which is at most as wide" if reason is None else reason
+            reason = f"keeps the model's own {source.pattern}, which is at most as wide"
         elif pattern == source.pattern:
             reason = f"is {source.pattern} already"
         geometry = AttentionGeometry(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -169,15 +169,17 @@ def _source_visibility(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         visibility = Visibility(bool(causal) and query.shape[2] > 1)
     else:
-        visibility = Visibility(False, unsupported="it builds its own attention mask")
+        visibility = Visibility.unknown("it builds its own attention mask")
     reasons = [reason for name, reason in _UNSUPPORTED_ARGUMENTS.items() if kwargs.get(name) is not None]
     if query.shape[2] != key.shape[2]:
         reasons.append("it is cross-attention")
     if value.shape[-1] != query.shape[-1]:
         reasons.append("its values are not as wide as its keys")
-    if reasons:
-        return Visibility(visibility.causal, visibility.pattern, unsupported=" and ".join(reasons))
-    return visibility
+    if not reasons:
+        return visibility
+    if visibility.unsupported:
+        reasons.append(visibility.unsupported)
+    return replace(visibility, unsupported=" and ".join(reasons))
 
 
 def _torch_attention(

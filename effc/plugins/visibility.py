@@ -17,12 +17,19 @@ _WIDEST = 1 << 17
 class Visibility:
     """What one attention module sees before any rewrite.
 
-    ``unsupported`` holds the reason why it cannot be written as a pattern, or None.
+    ``unsupported`` holds the reason why it cannot be lowered, or None. ``readable`` is False where ``causal`` and
+    ``pattern`` do not say what the module sees, so that torch could not compute it either.
     """
 
     causal: bool
     pattern: Pattern = DENSE
     unsupported: str | None = None
+    readable: bool = True
+
+    @classmethod
+    def unknown(cls, reason: str) -> Visibility:
+        """Of a module whose mask is no pattern, or cannot be read."""
+        return cls(False, unsupported=reason, readable=False)
 
 
 def read_mask_function(mask_function: Callable[..., torch.Tensor]) -> Visibility:
@@ -41,17 +48,17 @@ def read_mask_function(mask_function: Callable[..., torch.Tensor]) -> Visibility
         try:
             seen.append(torch.as_tensor(mask_function(zero, zero, query, query + distance)).expand(distance.shape))
         except (IndexError, RuntimeError):
-            return Visibility(False, unsupported="its mask depends on the input (packed or block-wise sequences)")
+            return Visibility.unknown("its mask depends on the input (packed or block-wise sequences)")
     if not torch.equal(seen[0], seen[1]):
-        return Visibility(False, unsupported="its mask depends on absolute positions (chunked attention)")
+        return Visibility.unknown("its mask depends on absolute positions (chunked attention)")
     visible = distance[seen[0]]
     if not len(visible):
-        return Visibility(False, unsupported="its mask hides everything")
+        return Visibility.unknown("its mask hides everything")
     left, right = -int(visible.min()), int(visible.max())
     if len(visible) != left + right + 1:
-        return Visibility(False, unsupported="its mask has gaps")
+        return Visibility.unknown("its mask has gaps")
     if right == 0:
         return Visibility(True, DENSE if left == _WIDEST else Pattern((Local(left + 1),)))
     if left == right:
         return Visibility(False, DENSE if left == _WIDEST else Pattern((Local(2 * left),)))
-    return Visibility(False, unsupported="its window has different reach to the left and to the right")
+    return Visibility.unknown("its window has different reach to the left and to the right")
