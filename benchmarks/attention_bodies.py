@@ -18,9 +18,10 @@ from onnx import TensorProto, helper
 from effc.compiler.bench import Candidate, measure
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.machine import usable_cores
+from effc.plugins.forms.registry import parse_pattern
 from effc.plugins.function_body import OPSET, function_body
-from effc.plugins.operator import DOMAIN, OP_TYPE, AttentionGeometry
-from effc.plugins.pattern import DENSE, parse_pattern
+from effc.plugins.operator import DOMAIN, AttentionGeometry
+from effc.plugins.pattern import DENSE
 
 
 def main() -> None:
@@ -67,13 +68,13 @@ def _layer(geometry: AttentionGeometry) -> onnx.ModelProto:
         name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name in ("query", "key", "value", "output")
     }
-    body = ir.serde.serialize_function(function_body(geometry, masked=False))
+    body = ir.serde.serialize_function(function_body(geometry))
     node = helper.make_node(
-        OP_TYPE,
+        geometry.form.op_type,
         ["query", "key", "value"],
         ["output"],
         domain=DOMAIN,
-        pattern=str(geometry.pattern),
+        pattern=str(geometry.form),
         causal=int(geometry.causal),
         num_heads=geometry.num_heads,
         kv_num_heads=geometry.kv_heads,

@@ -1,6 +1,8 @@
-"""One ``effc::SparseAttention`` node as a model of its own, and random inputs for it."""
+"""One of effc's attention operators as a model of its own, and random inputs for it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -10,34 +12,41 @@ import torch
 from onnx import TensorProto, helper
 
 from effc.plugins.function_body import function_body
-from effc.plugins.operator import DOMAIN, OP_TYPE, AttentionGeometry
-from effc.plugins.reference import sparse_attention
+from effc.plugins.operator import DOMAIN, KEY_MASK, AttentionGeometry, optional_inputs
+from effc.plugins.reference import attend
 
 
-def one_node_model(geometry: AttentionGeometry, masked: bool) -> onnx.ModelProto:
-    """A model of one operator node with its function body."""
+def one_node_model(geometry: AttentionGeometry, masked: bool, extras: Mapping[str, np.ndarray] | None = None):
+    """A model of one operator node with its function body; ``extras`` become inputs of the model, by name."""
     width, kv_width = geometry.num_heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     inputs = [helper.make_tensor_value_info("query", TensorProto.FLOAT, ["batch", "queries", width])]
     for name in ("key", "value"):
         inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "keys", kv_width]))
     if masked:
-        inputs.append(helper.make_tensor_value_info("key_mask", TensorProto.BOOL, ["batch", "keys"]))
+        inputs.append(helper.make_tensor_value_info(KEY_MASK, TensorProto.BOOL, ["batch", "keys"]))
+    for name, array in (extras or {}).items():
+        shape = ["batch", "keys"] if name == "marks" else list(array.shape)
+        inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
+    given = frozenset(extras or ()) | ({KEY_MASK} if masked else frozenset())
+    optional = [name if name in given else "" for name in optional_inputs(geometry.form)]
+    while optional and not optional[-1]:
+        optional.pop()
     node = helper.make_node(
-        OP_TYPE,
-        [i.name for i in inputs],
+        geometry.form.op_type,
+        ["query", "key", "value", *optional],
         ["output"],
         domain=DOMAIN,
-        pattern=str(geometry.pattern),
+        pattern=str(geometry.form),
         causal=int(geometry.causal),
         num_heads=geometry.num_heads,
         kv_num_heads=geometry.kv_heads,
         scale=geometry.scale,
     )
-    node.overload = geometry.overload(masked)
+    node.overload = geometry.overload(given)
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", "queries", width])
     return helper.make_model(
         helper.make_graph([node], "one_node", inputs, [output]),
-        functions=[ir.serde.serialize_function(function_body(geometry, masked))],
+        functions=[ir.serde.serialize_function(function_body(geometry, given))],
         opset_imports=[
             helper.make_opsetid("", 23),
             helper.make_opsetid(DOMAIN, 1),
@@ -78,20 +87,24 @@ def random_inputs(
     return feed | {"key_mask": mask}
 
 
-def expected(geometry: AttentionGeometry, feed: dict[str, np.ndarray]) -> np.ndarray:
+def expected(
+    geometry: AttentionGeometry, feed: Mapping[str, np.ndarray], extras: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
     """The float64 reference, packed like the operator's output."""
 
     def heads(name: str, count: int) -> torch.Tensor:
         tensor = torch.from_numpy(feed[name]).double()
         return tensor.view(*tensor.shape[:2], count, geometry.head_dim).transpose(1, 2)
 
-    result = sparse_attention(
+    tensors = {name: torch.from_numpy(array) for name, array in (extras or {}).items()}
+    result = attend(
+        geometry.form,
         heads("query", geometry.num_heads),
         heads("key", geometry.kv_heads),
         heads("value", geometry.kv_heads),
-        geometry.pattern,
         scale=geometry.scale,
         causal=geometry.causal,
         key_mask=torch.from_numpy(feed["key_mask"]),
+        extras={name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
     )
     return result.transpose(1, 2).flatten(2).numpy()

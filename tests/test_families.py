@@ -24,8 +24,7 @@ from effc.exporters.onnx_graph import export_onnx, save_onnx
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.rewrite_attention import RewriteAttention
-from effc.plugins.function_body import geometry_of
-from effc.plugins.operator import OP_TYPE
+from effc.plugins.function_body import geometry_of, is_attention
 
 LENGTHS = [40, 23, 3]
 WIDE, NARROW = 16, 4
@@ -103,7 +102,7 @@ def test_every_layer_is_found_with_what_it_sees(family):
     assert {layer.visibility.causal for layer in observed} == {family.causal}
     assert {(layer.num_heads, layer.kv_heads) for layer in observed} == {family.heads}
     assert len({layer.name for layer in observed}) == 2
-    patterns = [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers]
+    patterns = [str(plan.geometry.form) for _, plan, _ in rewriting.layers]
     assert patterns == expected_patterns(family, WIDE)
     assert not rewriting.unwanted()
 
@@ -132,7 +131,7 @@ def test_a_pattern_that_hides_nothing_leaves_the_model_as_it_is(family, pattern)
     inputs = family.inputs(LENGTHS, seed=2)
     reference = outputs(family.model("eager"), inputs)
     model, rewriting = rewrite(family, pattern)
-    kept = [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers]
+    kept = [str(plan.geometry.form) for _, plan, _ in rewriting.layers]
     assert kept == [own if own != "dense" else pattern for own in family.own]
     result = outputs(model, inputs)
     for name, value in reference.items():
@@ -151,7 +150,7 @@ def test_own_sliding_layers_say_why_they_are_kept(name):
 def test_an_excluded_layer_stays_dense(monkeypatch):
     family = FAMILIES["bert"]
     model, rewriting = rewrite(family, f"local:{NARROW}", exclude=("*layer.0.*",))
-    assert [str(plan.geometry.pattern) for _, plan, _ in rewriting.layers] == ["dense", f"local:{NARROW}"]
+    assert [str(plan.geometry.form) for _, plan, _ in rewriting.layers] == ["dense", f"local:{NARROW}"]
     inputs = family.inputs(LENGTHS, seed=3)
     dense = outputs(rewrite(family, "dense")[0], inputs)["last_hidden_state"]
     both = outputs(rewrite(family, f"local:{NARROW}")[0], inputs)["last_hidden_state"]
@@ -172,9 +171,9 @@ def test_plain_onnxruntime_equals_torch(family, tmp_path):
     inputs = family.inputs([24, 17])
     graph = export_onnx(model, inputs, dynamic_axes(inputs))
     FuseOnnxRuntime().run(graph)
-    nodes = [node for node in graph.graph if node.op_type == OP_TYPE]
+    nodes = [node for node in graph.graph if is_attention(node)]
     assert [node.name for node in nodes] == [layer.name for layer, _, _ in rewriting.layers]
-    assert [str(geometry_of(node).pattern) for node in nodes] == expected_patterns(family, WIDE)
+    assert [str(geometry_of(node).form) for node in nodes] == expected_patterns(family, WIDE)
     assert all(geometry_of(node).causal == family.causal for node in nodes)
     save_onnx(graph, tmp_path / "model.onnx")
     session = plain_session(tmp_path / "model.onnx")

@@ -8,8 +8,8 @@ from attention_cases import expected, one_node_model, random_inputs, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effc.plugins.forms.registry import parse_pattern
 from effc.plugins.operator import AttentionGeometry
-from effc.plugins.pattern import parse_pattern
 
 GEOMETRIES = [
     AttentionGeometry(parse_pattern(text), causal, heads, kv_heads, dim, dim**-0.5)
@@ -27,7 +27,7 @@ _sessions = {}
 
 
 def body_session(geometry, masked):
-    key = geometry.overload(masked)
+    key = (geometry, masked)
     if key not in _sessions:
         _sessions[key] = session(one_node_model(geometry, masked))
     return _sessions[key]
@@ -47,7 +47,7 @@ def test_body_equals_the_float64_reference(geometry, batch, length, padding, see
     np.testing.assert_allclose(result, expected(geometry, feed), atol=1e-5)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.overload(False))
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.overload(frozenset()))
 @pytest.mark.parametrize("length", [1, 40, 333])
 def test_body_without_a_mask_input(geometry, length):
     feed = random_inputs(geometry, 2, length, length, 0, "none")
@@ -56,7 +56,9 @@ def test_body_without_a_mask_input(geometry, length):
     np.testing.assert_allclose(result, expected(geometry, feed), atol=1e-5)
 
 
-@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if not g.pattern.is_dense], ids=lambda g: g.overload(True))
+@pytest.mark.parametrize(
+    "geometry", [g for g in GEOMETRIES if not g.form.is_dense], ids=lambda g: g.overload(frozenset())
+)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 40), (7, 300), (130, 700)])
 def test_queries_are_the_last_positions(geometry, queries, keys):
     feed = random_inputs(geometry, 2, queries, keys, 1, "left")

@@ -28,7 +28,7 @@ from effc.compiler.recipe import build_recipe
 from effc.compiler.report import command_line, cosine, judge, milliseconds, number, render_report, times, write_report
 from effc.compiler.report_plots import probe_series, visibility
 from effc.errors import OutputError
-from effc.plugins.pattern import parse_pattern
+from effc.plugins.forms.registry import parse_pattern
 
 SIZE_LIMIT = 1_500_000
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/x.png onerror=y>$\\frac$]]>&amp;"

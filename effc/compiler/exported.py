@@ -21,8 +21,7 @@ from effc.compiler.source import SourceModel
 from effc.compiler.toolchain import toolchain
 from effc.exporters.onnx_graph import export_onnx, save_onnx
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
-from effc.plugins.function_body import attach_bodies
-from effc.plugins.operator import DOMAIN, OP_TYPE
+from effc.plugins.function_body import attach_bodies, is_attention
 
 EXPORT_VERSION = 2
 # The lengths of the two example sequences; any that are neither equal nor special would do.
@@ -74,7 +73,7 @@ def restore_source_attention(model: ir.Model, layers: list[AttentionLayer]) -> N
     model.functions.clear()
     forms: set[str] = set()
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == OP_TYPE:
+        if is_attention(node):
             # A module that runs several times (ALBERT) has a node for each run, told apart by a number behind its name.
             name = node.name or ""
             pattern = source[name if name in source else re.sub(r"_\d+$", "", name)]

@@ -22,7 +22,9 @@ from effc.compiler import report_plots as plots
 from effc.compiler.manifest import AttentionLayer, BenchRecord, FileRecord, Manifest, PassRecord, Timing, VerifyRecord
 from effc.compiler.recipe import build_recipe
 from effc.errors import EffcError, OutputError
-from effc.plugins.pattern import Pattern, parse_pattern
+from effc.plugins.forms.base import AttentionForm
+from effc.plugins.forms.registry import parse_form
+from effc.plugins.pattern import Pattern
 
 State = Literal["win", "even", "loss", "missed", "unknown"]
 
@@ -191,7 +193,7 @@ def explain(manifest: Manifest) -> list[str]:
         result.append(break_even_sentence(bench))
         rewritten = Counter((layer.pattern, layer.causal) for layer in manifest.attention if layer.rewritten)
         for (text, causal), count in rewritten.items():
-            if (pattern := readable_pattern(text)) is not None:
+            if isinstance(pattern := readable_pattern(text), Pattern):
                 share = pattern.density(measured[0], causal)
                 effect = ", so there is next to nothing to save at this length" if share > 0.95 else ""
                 result.append(
@@ -280,15 +282,18 @@ def picture_patterns(manifest: Manifest) -> list[PatternPicture]:
         if pattern is None:
             result.append(PatternPicture(text, causal, count, None, 0, 0, []))
             continue
+        if not isinstance(pattern, Pattern):
+            result.append(PatternPicture(text, causal, count, None, 0, 0, []))
+            continue
         densities = [] if pattern.is_dense else [(length, pattern.density(length, causal)) for length in lengths]
         result.append(PatternPicture(text, causal, count, *plots.visibility(pattern, causal, lengths[-1]), densities))
     return result
 
 
-def readable_pattern(text: str) -> Pattern | None:
+def readable_pattern(text: str) -> AttentionForm | None:
     """The pattern, or None for one that a newer effc wrote: a report without its picture is better than none."""
     try:
-        return parse_pattern(text)
+        return parse_form(text)
     except EffcError:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from effc.plugins.pattern import parse_pattern
+from effc.plugins.forms.registry import parse_form
 
 
 class AttentionSection(BaseModel):
@@ -18,5 +18,5 @@ class AttentionSection(BaseModel):
 
     @field_validator("pattern")
     @classmethod
-    def _canonical_pattern(cls, value: str) -> str:
-        return str(parse_pattern(value))
+    def _canonical_form(cls, value: str) -> str:
+        return str(parse_form(value))

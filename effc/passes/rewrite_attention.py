@@ -13,9 +13,12 @@ from transformers.modeling_outputs import ModelOutput
 from effc.errors import PassFailedError, PreconditionError
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.base import Pass, PassResult
+from effc.plugins.forms.base import AttentionForm
+from effc.plugins.forms.registry import parse_form
+from effc.plugins.forms.terms import Local
 from effc.plugins.hook import LayerPlan, ObservedLayer, assign, observe
 from effc.plugins.operator import AttentionGeometry
-from effc.plugins.pattern import Pattern, parse_pattern
+from effc.plugins.pattern import Pattern
 from effc.suggest import did_you_mean
 
 # What the hook may differ from the model's own attention, in fp32, before anything is rewritten.
@@ -38,7 +41,7 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
     def __init__(self, settings: AttentionSection, inputs: Mapping[str, torch.Tensor]):
         self.settings: AttentionSection = settings
         self._inputs = inputs
-        self._pattern = parse_pattern(settings.pattern)
+        self._form = parse_form(settings.pattern)
         self.layers: list[tuple[ObservedLayer, LayerPlan, str | None]] = []
 
     def requires(self, model: PreTrainedModel) -> None:
@@ -95,7 +98,7 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
 
     def unwanted(self) -> list[tuple[str, str]]:
         """Layers that stayed dense although a pattern was asked for them: ``(module, reason)``."""
-        if self._pattern.is_dense:
+        if self._form.is_dense:
             return []
         return [(layer.name, reason or "") for layer, plan, reason in self.layers if plan.geometry is None]
 
@@ -103,17 +106,15 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
         source = layer.visibility
         if source.unsupported:
             return layer, LayerPlan(layer.name, source, None), source.unsupported
-        pattern, reason = self._pattern, None
+        form, reason = self._form, None
         if any(fnmatchcase(layer.name, glob) for glob in self.settings.exclude):
-            pattern, reason = source.pattern, "excluded by the recipe"
-        elif _narrower(source.pattern, pattern, source.causal):
-            pattern = source.pattern
+            form, reason = source.pattern, "excluded by the recipe"
+        elif _narrower(source.pattern, form, source.causal):
+            form = source.pattern
             reason = f"keeps the model's own {source.pattern}, which is at most as wide"
-        elif pattern == source.pattern:
+        elif form == source.pattern:
             reason = f"is {source.pattern} already"
-        geometry = AttentionGeometry(
-            pattern, source.causal, layer.num_heads, layer.kv_heads, layer.head_dim, layer.scale
-        )
+        geometry = AttentionGeometry(form, source.causal, layer.num_heads, layer.kv_heads, layer.head_dim, layer.scale)
         return layer, LayerPlan(layer.name, source, geometry), reason
 
     def _check_exclusions(self, observed: list[ObservedLayer]) -> None:
@@ -140,12 +141,15 @@ class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
                 )
 
 
-def _narrower(own: Pattern, wanted: Pattern, causal: bool) -> bool:
-    """Whether the model's own window lies inside the wanted pattern."""
-    inner, outer = own.interval(causal), wanted.interval(causal)
+def _narrower(own: Pattern, wanted: AttentionForm, causal: bool) -> bool:
+    """Whether the model's own window is kept: it lies inside the wanted form, or no window is wanted at all."""
+    inner = own.interval(causal)
     if inner is None:
         return False
-    return outer is None or (inner[0] <= outer[0] and inner[1] <= outer[1])
+    if not isinstance(wanted, Pattern) or wanted.is_dense:
+        return True
+    reaches = [term.reach(causal) for term in wanted.terms if isinstance(term, Local)]
+    return any(inner[0] <= left and inner[1] <= right for left, right in reaches)
 
 
 def _bypassing(model: torch.nn.Module, observed: list[ObservedLayer]) -> list[str]:
@@ -168,7 +172,7 @@ def describe(layers: list[tuple[ObservedLayer, LayerPlan, str | None]]) -> list[
         {
             "layer": layer.name,
             "source": str(layer.visibility.pattern),
-            "pattern": str(plan.geometry.pattern if plan.geometry else layer.visibility.pattern),
+            "pattern": str(plan.geometry.form if plan.geometry else layer.visibility.pattern),
             "causal": layer.visibility.causal,
             "num_heads": layer.num_heads,
             "kv_heads": layer.kv_heads,

@@ -1,8 +1,8 @@
 """The one hook through which effc reaches the attention of every model that uses transformers' AttentionInterface.
 
 ``observe`` runs a model once and learns what each attention module sees; ``assign`` says what each shall compute from
-then on. In eager mode the hook computes the assigned pattern in torch; while torch exports, it emits one
-``effc::SparseAttention`` node per module. The mask interface hands on the plain 2-D padding mask, so that no
+then on. In eager mode the hook computes the assigned form in torch; while torch exports, it emits one ``effc::``
+operator per module. The mask interface hands on the plain 2-D padding mask, so that no
 length x length mask is ever built into a graph.
 """
 
@@ -18,6 +18,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from effc.plugins.operator import AttentionGeometry, emit
+from effc.plugins.pattern import Pattern
+from effc.plugins.reference import attend
+from effc.plugins.reference.softmax import distance_bias, visible_pairs
 from effc.plugins.visibility import Visibility, read_mask_function
 
 IMPLEMENTATION = "effc"
@@ -49,6 +52,8 @@ class LayerPlan:
     name: str
     visibility: Visibility
     geometry: AttentionGeometry | None
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Fixed extra inputs of the operator by name, such as a distance bias."""
 
 
 @dataclass
@@ -60,7 +65,12 @@ class _Observation:
 
 
 _plans: weakref.WeakKeyDictionary[torch.nn.Module, LayerPlan] = weakref.WeakKeyDictionary()
+# For each module whose form names tokens: where they stand in the input that runs now, [batch, length] bool.
+_marks: weakref.WeakKeyDictionary[torch.nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
 _observation: _Observation | None = None
+
+PARAMETERS = "effc_attention"
+"""Name under which an attention module holds the learned parameters of its form, a ``torch.nn.ParameterDict``."""
 
 
 @contextmanager
@@ -93,6 +103,18 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple
 def assign(layers: Mapping[torch.nn.Module, LayerPlan]) -> None:
     """Set what each attention module computes in eager mode and in an export."""
     _plans.update(layers)
+
+
+def mark_tokens(model: PreTrainedModel, modules: Mapping[torch.nn.Module, tuple[int, ...]]) -> None:
+    """Tell each module, on every run of the model, where the tokens of the given ids stand in ``input_ids``."""
+
+    def mark(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named["input_ids"] if "input_ids" in named else arguments[0]
+        for wanted in set(modules.values()):
+            places = (ids[..., None] == torch.tensor(wanted, device=ids.device)).any(dim=-1)
+            _marks.update({module: places for module, tokens in modules.items() if tokens == wanted})
+
+    model.register_forward_pre_hook(mark, with_kwargs=True)
 
 
 def _mask(
@@ -143,12 +165,56 @@ def _attention(
             )
         return _torch_attention(query, key, value, attention_mask, visibility, scale, kwargs), None
     plan = _plans[module]
-    if plan.geometry is None:
+    geometry = plan.geometry
+    if geometry is None:
         return _torch_attention(query, key, value, attention_mask, plan.visibility, scale, kwargs), None
+    extras = _extras(module, plan)
     if torch.compiler.is_exporting():
-        return emit(plan.geometry, plan.name, query, key, value, attention_mask), None
-    visibility = Visibility(plan.geometry.causal, plan.geometry.pattern)
-    return _torch_attention(query, key, value, attention_mask, visibility, scale, kwargs), None
+        return emit(geometry, plan.name, query, key, value, attention_mask, extras), None
+    if isinstance(geometry.form, Pattern):
+        return _masked_attention(query, key, value, attention_mask, geometry.form, geometry.causal, scale, extras), None
+    mask = None if attention_mask is None else attention_mask.to(torch.bool)
+    attended = attend(
+        geometry.form, query, key, value, scale=scale, causal=geometry.causal, key_mask=mask, extras=extras
+    )
+    return attended.transpose(1, 2), None
+
+
+def _extras(module: torch.nn.Module, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """All extra inputs of a module's operator by name."""
+    extras = dict(plan.extras)
+    if module in _marks:
+        extras["marks"] = _marks[module]
+    parameters = getattr(module, PARAMETERS, None)
+    if parameters is not None:
+        extras.update(parameters.items())
+    return extras
+
+
+def _masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    pattern: Pattern,
+    causal: bool,
+    scale: float,
+    extras: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """A pattern through torch's fused attention; ``[batch, length, heads, head_dim]``."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bias = distance_bias(query.shape[2], key.shape[2], extras)
+    mask = None
+    if not pattern.is_dense or causal or key_mask is not None:
+        visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras)
+        mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        # The sum of a bias and the dtype's minimum would overflow.
+        mask = bias if mask is None else torch.where(mask < 0, mask, bias)
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return attended.transpose(1, 2)
 
 
 def _source_visibility(

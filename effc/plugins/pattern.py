@@ -1,13 +1,12 @@
-"""Attention patterns: which (query i, key j) pairs are visible.
+"""Position-based attention patterns: which (query i, key j) pairs are visible.
 
-A :class:`Pattern` is a union of terms, written ``local:256`` or, with several terms, ``local:256|...``. It is the one
-definition that the torch reference, the ONNX function body and the native kernels are tested against. Causality and
-padding restrict a pattern from outside; they are not part of it.
+A :class:`Pattern` is a union of terms, written ``local:256`` or, with several terms, ``local:256|sinks:4``. It is the
+one definition that the torch reference, the ONNX function body and the native kernels are tested against. Causality
+and padding restrict a pattern from outside; they are not part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,72 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effc.errors import UsageError
-from effc.suggest import did_you_mean
+from effc.plugins.forms.base import AttentionForm, Cost
+from effc.plugins.forms.terms import Dense, Global, GlobalTokens, Local, Scope, Sinks, Term
+
+# Rows of a visibility that are evaluated at once when pairs are counted.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Every key is visible: ordinary softmax attention (Vaswani et al., 2017)."""
+class Pattern(AttentionForm):
+    """A union of terms.
 
-    form: ClassVar[str] = "dense"
-    syntax: ClassVar[str] = "dense"
-
-    def __str__(self) -> str:
-        return "dense"
-
-    def visible(self, query: NDArray[np.int64], key: NDArray[np.int64], causal: bool) -> NDArray[np.bool_]:
-        """True where ``key`` may be attended from ``query``, before causality is applied."""
-        return np.ones(np.broadcast_shapes(query.shape, key.shape), dtype=bool)
-
-    def reach(self, causal: bool) -> None:
-        """No bound on the distance."""
-        return None
-
-
-@dataclass(frozen=True)
-class Local:
-    """Sliding window of total width ``window`` (Longformer, Beltagy et al., 2020; Mistral for the causal form).
-
-    Bidirectional attention sees ``|i - j| <= window // 2``; causal attention sees ``i - window < j <= i``.
-    """
-
-    window: int
-    form: ClassVar[str] = "local"
-    syntax: ClassVar[str] = "local:WINDOW"
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UsageError(
-                f"The window of 'local:{self.window}' must be at least 1.",
-                "Give the total number of visible positions, for example local:256.",
-            )
-
-    def __str__(self) -> str:
-        return f"local:{self.window}"
-
-    def reach(self, causal: bool) -> tuple[int, int]:
-        """How many positions before and after the query are visible: ``(left, right)``."""
-        return (self.window - 1, 0) if causal else (self.window // 2, self.window // 2)
-
-    def visible(self, query: NDArray[np.int64], key: NDArray[np.int64], causal: bool) -> NDArray[np.bool_]:
-        """True where ``key`` may be attended from ``query``, before causality is applied."""
-        left, right = self.reach(causal)
-        distance = key - query
-        return (distance >= -left) & (distance <= right)
-
-
-Term = Dense | Local
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A union of terms, immutable and hashable; ``str(pattern)`` is its canonical text form.
+    Its operator's extra inputs: ``marks [batch, key_length]`` bool (for ``global:TOKEN``), ``distance_bias
+    [heads, 2 * r + 1]`` added to the scores at distances -r ... r and, beyond, as at the nearer end (T5), and
+    ``distance_slope [heads]``, times the distance ``j - i`` (ALiBi).
 
     Raises:
         UsageError: if there is no term.
     """
 
     terms: tuple[Term, ...]
+    op_type: ClassVar[str] = "SparseAttention"
+    extra_inputs: ClassVar[tuple[str, ...]] = ("marks", "distance_bias", "distance_slope")
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -90,112 +45,112 @@ class Pattern:
         return "|".join(str(term) for term in self.terms)
 
     def __or__(self, other: Pattern) -> Pattern:
-        return _canonical((*self.terms, *other.terms))
+        return union((*self.terms, *other.terms))
 
     @property
     def is_dense(self) -> bool:
         """True if every pair is visible."""
         return any(isinstance(term, Dense) for term in self.terms)
 
+    @property
+    def tokens(self) -> tuple[int | str, ...]:
+        """The token ids or names whose positions are global."""
+        return next((term.tokens for term in self.terms if isinstance(term, GlobalTokens)), ())
+
     def interval(self, causal: bool) -> tuple[int, int] | None:
-        """``(left, right)`` if exactly the keys ``i - left <= j <= i + right`` are visible, None if all are."""
-        reaches = [term.reach(causal) for term in self.terms]
-        if any(reach is None for reach in reaches):
-            return None
-        return max(reach[0] for reach in reaches if reach), max(reach[1] for reach in reaches if reach)
+        """``(left, right)`` if exactly the keys ``i - left <= j <= i + right`` are visible, None otherwise."""
+        if len(self.terms) == 1 and isinstance(self.terms[0], Local):
+            return self.terms[0].reach(causal)
+        return None
 
     def visible(
-        self, query: NDArray[np.int64] | int, key: NDArray[np.int64] | int, causal: bool = False
+        self,
+        query: NDArray[np.int64] | int,
+        key: NDArray[np.int64] | int,
+        causal: bool = False,
+        length: int | None = None,
+        marks: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.bool_]:
-        """True where position ``key`` may be attended from position ``query``; both broadcast."""
+        """True where position ``key`` may be attended from position ``query``; both broadcast.
+
+        Args:
+            length: number of keys, which ``random`` draws from; one more than the largest position if None.
+            marks: ``[..., length]`` where the tokens of ``global:TOKEN`` stand; adds its leading axes to the result.
+        """
         query, key = np.asarray(query, dtype=np.int64), np.asarray(key, dtype=np.int64)
+        if length is None:
+            length = int(max(query.max(initial=0), key.max(initial=0))) + 1
+        scope = Scope(length, causal, marks)
         result = np.zeros(np.broadcast_shapes(query.shape, key.shape), dtype=bool)
         for term in self.terms:
-            result |= term.visible(query, key, causal)
+            result = result | term.visible(query, key, scope)
         return result & (key <= query) if causal else result
 
-    def mask(self, query_length: int, key_length: int, causal: bool = False) -> NDArray[np.bool_]:
-        """The whole ``[query_length, key_length]`` visibility, for references and pictures, never for kernels.
+    def mask(
+        self, query_length: int, key_length: int, causal: bool = False, marks: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.bool_]:
+        """The whole ``[..., query_length, key_length]`` visibility, for references and pictures, never for kernels.
 
         The queries are the last ``query_length`` of the ``key_length`` positions.
         """
         query = np.arange(key_length - query_length, key_length)[:, None]
-        return self.visible(query, np.arange(key_length)[None, :], causal)
+        return self.visible(query, np.arange(key_length)[None, :], causal, key_length, marks)
 
     def visible_pairs(self, length: int, causal: bool = False) -> int:
-        """Exact number of visible (query, key) pairs of a sequence of ``length`` tokens, O(length) time or better."""
-        interval = self.interval(causal)
-        if interval is None:
+        """Exact number of visible (query, key) pairs of a sequence of ``length`` tokens, in O(length) memory.
+
+        Tokens that ``global:TOKEN`` names are not counted: the input decides how many there are.
+        """
+        if self.is_dense:
             return length * (length + 1) // 2 if causal else length * length
-        query = np.arange(length)
-        first, last = np.maximum(query - interval[0], 0), np.minimum(query + interval[1], length - 1)
-        return int((last - first + 1).sum())
+        interval = self.interval(causal)
+        if interval is not None:
+            query = np.arange(length)
+            first, last = np.maximum(query - interval[0], 0), np.minimum(query + interval[1], length - 1)
+            return int(np.maximum(last - first + 1, 0).sum())
+        keys = np.arange(length)[None, :]
+        rows = (np.arange(start, min(start + _ROWS, length))[:, None] for start in range(0, length, _ROWS))
+        return sum(int(self.visible(query, keys, causal, length).sum()) for query in rows)
 
     def density(self, length: int, causal: bool = False) -> float:
         """Visible pairs as a share of those that dense attention of the same causality computes."""
         return self.visible_pairs(length, causal) / DENSE.visible_pairs(length, causal)
 
+    def cost(self, length: int, causal: bool, head_dim: int) -> Cost:
+        """Two matrix products over the visible pairs; scratch is one row block's scores."""
+        pairs = self.visible_pairs(length, causal)
+        return Cost(4 * pairs * head_dim, 64 * min(length, -(-pairs // max(length, 1)) + 64))
 
-def _canonical(terms: tuple[Term, ...]) -> Pattern:
-    """Drop terms that others contain, so that equal unions are written the same way."""
+    def picture(self, length: int, causal: bool) -> NDArray[np.float64]:
+        """One where a pair is visible."""
+        return self.mask(length, length, causal).astype(np.float64)
+
+
+def union(terms: tuple[Term, ...]) -> Pattern:
+    """The pattern of several terms, written one way only: no term that another contains, in a fixed order."""
     if any(isinstance(term, Dense) for term in terms):
         return DENSE
-    return Pattern((max((t for t in terms if isinstance(t, Local)), key=lambda t: t.window),))
+    kept = [
+        term
+        for number, term in enumerate(terms)
+        if term not in terms[:number] and not any(_contains(other, term) for other in terms if other != term)
+    ]
+    named = [term for term in kept if isinstance(term, GlobalTokens)]
+    if len(named) > 1:
+        tokens = sorted({token for term in named for token in term.tokens}, key=str)
+        kept = [*(term for term in kept if term not in named), GlobalTokens(tuple(tokens))]
+    return Pattern(tuple(sorted(kept, key=lambda term: (term.rank, str(term)))))
+
+
+def _contains(outer: Term, inner: Term) -> bool:
+    """Whether every pair of ``inner`` is one of ``outer``, in either direction."""
+    if isinstance(outer, Local) and isinstance(inner, Local):
+        return all(
+            o >= i for causal in (False, True) for o, i in zip(outer.reach(causal), inner.reach(causal), strict=True)
+        ) and (outer.reach(False), outer.reach(True)) != (inner.reach(False), inner.reach(True))
+    if isinstance(outer, Global) and isinstance(inner, (Global, Sinks)):
+        return outer.count >= inner.count
+    return isinstance(outer, Sinks) and isinstance(inner, Sinks) and outer.count > inner.count
 
 
 DENSE = Pattern((Dense(),))
-
-
-def _integer(text: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise UsageError(
-            f"'{value}' in the pattern '{text}' is not a whole number.", f"Write {FORMS[text.split(':')[0]].syntax}."
-        ) from None
-
-
-def _parse_dense(text: str, arguments: list[str]) -> Term:
-    if arguments:
-        raise UsageError(f"The pattern '{text}' takes no parameters.", "Write dense.")
-    return Dense()
-
-
-def _parse_local(text: str, arguments: list[str]) -> Term:
-    if len(arguments) > 1:
-        raise UsageError(f"The pattern '{text}' has too many parameters.", "Write local:WINDOW, for example local:256.")
-    return Local(_integer(text, arguments[0]) if arguments else DEFAULT_WINDOW)
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of term as the user meets it."""
-
-    syntax: str
-    parse: Callable[[str, list[str]], Term]
-    summary: str
-
-
-DEFAULT_WINDOW = 256
-FORMS: dict[str, Form] = {
-    "dense": Form("dense", _parse_dense, "ordinary attention: every key"),
-    "local": Form(
-        "local:WINDOW", _parse_local, f"sliding window of WINDOW positions in all (default {DEFAULT_WINDOW})"
-    ),
-}
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Read a pattern from its text form, for example ``local:256``.
-
-    Raises:
-        UsageError: on an unknown form (naming the nearest known one) or a parameter out of range.
-    """
-    terms = []
-    for part in text.split("|"):
-        name, *arguments = part.strip().split(":")
-        form = FORMS.get(name)
-        if form is None:
-            raise UsageError(f"'{name}' is not an attention pattern.", did_you_mean(name, FORMS))
-        terms.append(form.parse(part.strip(), arguments))
-    return _canonical(tuple(terms)) if terms else DENSE

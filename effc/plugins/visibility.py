@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from effc.plugins.pattern import DENSE, Local, Pattern
+from effc.plugins.forms.terms import Local
+from effc.plugins.pattern import DENSE, Pattern
 
 # A window wider than this is no restriction on any sequence that effc compiles for.
 _WIDEST = 1 << 17
