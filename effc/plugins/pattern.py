@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from effc.errors import UsageError
 from effc.plugins.forms.base import AttentionForm, Cost
 from effc.plugins.forms.terms import Dense, Global, GlobalTokens, Local, Scope, Sinks, Term
-
-# Rows of a visibility that are evaluated at once when pairs are counted.
-_ROWS = 512
+from effc.plugins.pattern_pairs import visible_keys
 
 
 @dataclass(frozen=True)
@@ -97,20 +95,13 @@ class Pattern(AttentionForm):
         return self.visible(query, np.arange(key_length)[None, :], causal, key_length, marks)
 
     def visible_pairs(self, length: int, causal: bool = False) -> int:
-        """Exact number of visible (query, key) pairs of a sequence of ``length`` tokens, in O(length) memory.
+        """Exact number of visible (query, key) pairs of a sequence of ``length`` tokens, in O(length) time and memory.
 
         Tokens that ``global:TOKEN`` names are not counted: the input decides how many there are.
         """
         if self.is_dense:
             return length * (length + 1) // 2 if causal else length * length
-        interval = self.interval(causal)
-        if interval is not None:
-            query = np.arange(length)
-            first, last = np.maximum(query - interval[0], 0), np.minimum(query + interval[1], length - 1)
-            return int(np.maximum(last - first + 1, 0).sum())
-        keys = np.arange(length)[None, :]
-        rows = (np.arange(start, min(start + _ROWS, length))[:, None] for start in range(0, length, _ROWS))
-        return sum(int(self.visible(query, keys, causal, length).sum()) for query in rows)
+        return int(visible_keys(self.terms, length, causal).sum())
 
     def density(self, length: int, causal: bool = False) -> float:
         """Visible pairs as a share of those that dense attention of the same causality computes."""

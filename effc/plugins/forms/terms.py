@@ -19,7 +19,7 @@ Visible = NDArray[np.bool_]
 
 RANDOM_BLOCK = 64
 """Random patterns choose whole blocks of this many keys for whole blocks of as many queries."""
-_PRIME = 2**31 - 1
+HASH_PRIME = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class Random:
         """The ``number``-th key block that each query block sees; causal patterns draw from what lies before."""
         blocks = np.int64(-(-scope.length // RANDOM_BLOCK))
         among = query_block + 1 if scope.causal else blocks
-        state = (self.seed % _PRIME * 7919 + query_block * 104729 + number * 1299709 + 1) % _PRIME
+        state = (self.seed % HASH_PRIME * 7919 + query_block * 104729 + number * 1299709 + 1) % HASH_PRIME
         for _ in range(3):
-            state = (state * state + 48271) % _PRIME
+            state = (state * state + 48271) % HASH_PRIME
         return state % among
 
     def visible(self, query: Positions, key: Positions, scope: Scope) -> Visible:
