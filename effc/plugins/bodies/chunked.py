@@ -1,0 +1,447 @@
+"""The ONNX function body of ``effc::ChunkedAttention``.
+
+A ``Scan`` walks over units of queries that see the same keys (a chunk, or for the gate half of one), which are
+gathered once per unit; an inner ``Scan`` walks over tiles of its queries whose scores stay in cache. The gate is one
+softmax over the three half chunks that either chunking sees: keys of both chunks weigh ``1 + exp(gate)``, those of A
+alone ``exp(gate)``, those of B alone 1. Few queries, or a sequence within one unit, take a branch without units.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from effc.plugins.bodies.dispatch import body_text
+from effc.plugins.forms.chunked import Chunked
+from effc.plugins.operator import AttentionGeometry
+
+# Scores of one tile, in bytes, that stay in a core's second-level cache.
+_TILE_BYTES = 2 << 20
+# Up to so many queries are attended without units: decoding computes one row, not a whole chunk of them.
+_FEW = 32
+
+
+@dataclass(frozen=True)
+class _Units:
+    """How queries are cut: ``unit`` of them, the first at ``-shift``, see ``width`` keys from ``before`` in front."""
+
+    unit: int
+    shift: int
+    before: int
+    width: int
+    tile: int
+    together: int
+
+    @property
+    def tiles(self) -> int:
+        return self.unit // self.tile
+
+
+@body_text.register
+def _(form: Chunked, geometry: AttentionGeometry, given: frozenset[str]) -> str:
+    g, tokens = geometry, form.tokens
+    gated = "gate" in given and form.merge == "gate"
+    half, groups = form.size // 2, g.num_heads // g.kv_heads
+    if form.merge == "gate":
+        runs = {"gate": _units(g, half, 0, half, (2 if g.causal else 3) * half, tokens)}
+    else:
+        runs = {f"by{shift}": _units(g, form.size, shift, 0, form.size, tokens) for shift in form.shifts}
+    smallest = form.size if form.merge == "concat" else half
+    averaged = form.merge == "add"
+    tiled = "\n".join(_attend_units(g, form, name, units, gated) for name, units in runs.items())
+    results = [f"{name}_attended" for name in runs]
+    merge = (
+        f"tiled_sum = Add ({', '.join(results)})\n tiled_output = Mul (tiled_sum, one_half)"
+        if averaged
+        else (f"tiled_output = Identity ({results[0]})")
+    )
+    return f"""
+    zero = Constant <value_ints: ints = [0]> ()
+    one = Constant <value_ints: ints = [1]> ()
+    two = Constant <value_ints: ints = [2]> ()
+    last_axis = Constant <value_ints: ints = [-1]> ()
+    n0 = Constant <value: tensor = int64 {{0}}> ()
+    n1 = Constant <value: tensor = int64 {{1}}> ()
+    scale_value = Constant <value: tensor = float {{{_float(g.scale)}}}> ()
+    one_half = Constant <value: tensor = float {{0.5}}> ()
+    visible_bias = Constant <value: tensor = float {{0.0}}> ()
+    hidden_bias = Constant <value: tensor = float {{-1e30}}> ()
+    nearly_hidden = Constant <value: tensor = float {{-1e29}}> ()
+    size = Constant <value: tensor = int64 {{{form.size}}}> ()
+    half_size = Constant <value: tensor = int64 {{{half}}}> ()
+    tokens = Constant <value: tensor = int64 {{{tokens}}}> ()
+    few = Constant <value: tensor = int64 {{{_FEW}}}> ()
+    smallest = Constant <value: tensor = int64 {{{smallest}}}> ()
+    query_length_1d = Shape <start: int = 1, end: int = 2> (query)
+    query_length = Squeeze (query_length_1d, zero)
+    key_length_1d = Shape <start: int = 1, end: int = 2> (key)
+    key_length = Squeeze (key_length_1d, zero)
+    offset = Sub (key_length, query_length)
+    last_key = Sub (key_length, n1)
+    mask_bias = Where (key_mask, visible_bias, hidden_bias)
+    packed_shape = Constant <value_ints: ints = [0, -1, {g.num_heads * g.head_dim}]> ()
+    kv_shape = Constant <value_ints: ints = [0, -1, {g.kv_heads}, {g.head_dim}]> ()
+    query_heads_shape = Constant <value_ints: ints = [0, -1, {g.kv_heads}, {groups}, {g.head_dim}]> ()
+    {_gate_weights(g, gated) if form.merge == "gate" else ""}
+    few_queries = LessOrEqual (query_length, few)
+    within_one_unit = LessOrEqual (key_length, smallest)
+    takes_direct = Or (few_queries, within_one_unit)
+    {"chunked_output" if tokens else "output"} = If (takes_direct) <then_branch: graph = direct () => (direct_output) {{
+        {_direct(g, form, gated)}
+    }}, else_branch: graph = tiled () => (tiled_output) {{
+        key_split = Reshape (key, kv_shape)
+        value_split = Reshape (value, kv_shape)
+        key_heads = Transpose <perm: ints = [0, 2, 1, 3]> (key_split)
+        value_heads = Transpose <perm: ints = [0, 2, 1, 3]> (value_split)
+        {tiled}
+        {merge}
+    }}>
+    {_global_rows(g) if tokens else ""}
+    """
+
+
+def _units(g: AttentionGeometry, unit: int, shift: int, before: int, width: int, tokens: int) -> _Units:
+    budget = max(1, _TILE_BYTES // (4 * g.num_heads * (width + tokens)))
+    tile = max(size for size in range(1, min(unit, max(budget, 32)) + 1) if unit % size == 0)
+    # A prime unit has no tiles worth having.
+    tile = tile if tile >= 16 or unit < 16 else unit
+    return _Units(unit, shift, before, width, tile, max(1, budget // unit) if tile == unit else 1)
+
+
+def _gate_weights(g: AttentionGeometry, gated: bool) -> str:
+    """Biases of keys that are in chunk A alone and in both chunks; in B alone it is zero.
+
+    With a gate they are ``[kv_heads, 1, groups, 1, 1]``, to be added to scores.
+    """
+    if not gated:
+        return f"""
+    a_bias = Constant <value: tensor = float {{0.0}}> ()
+    both_bias = Constant <value: tensor = float {{{_float(float(np.log(2)))}}}> ()
+    """
+    return f"""
+    gate_shape = Constant <value_ints: ints = [{g.kv_heads}, 1, {g.num_heads // g.kv_heads}, 1, 1]> ()
+    a_bias = Reshape (gate, gate_shape)
+    both_bias = Softplus (a_bias)
+    """
+
+
+def _attend_units(g: AttentionGeometry, form: Chunked, name: str, units: _Units, gated: bool) -> str:
+    """Every query to the keys of its unit and to the global tokens: ``<name>_attended``, packed like ``query``."""
+    kv, dim, heads = g.kv_heads, g.head_dim, g.num_heads
+    groups = heads // kv
+    u = units
+    span = u.unit * u.together
+    text = f"""
+        unit = Constant <value: tensor = int64 {{{u.unit}}}> ()
+        shift = Constant <value: tensor = int64 {{{u.shift}}}> ()
+        before = Constant <value: tensor = int64 {{{u.before}}}> ()
+        width = Constant <value: tensor = int64 {{{u.width}}}> ()
+        span = Constant <value: tensor = int64 {{{span}}}> ()
+        span_less_one = Constant <value: tensor = int64 {{{span - 1}}}> ()
+        shifted_offset = Add (offset, shift)
+        head = Mod (shifted_offset, unit)
+        first_position = Sub (offset, head)
+        query_end = Add (query_length, head)
+        query_rounded = Add (query_end, span_less_one)
+        spans = Div (query_rounded, span)
+        padded_length = Mul (spans, span)
+        tail = Sub (padded_length, query_end)
+        head_1d = Unsqueeze (head, zero)
+        tail_1d = Unsqueeze (tail, zero)
+        pads = Concat <axis: int = 0> (zero, head_1d, zero, zero, tail_1d, zero)
+        query_padded = Pad (query, pads)
+        query_shape = Constant <
+            value_ints: ints = [0, -1, {u.together}, {u.tiles}, {u.tile}, {kv}, {groups}, {dim}]
+        > ()
+        query_split = Reshape (query_padded, query_shape)
+        query_by_span = Transpose <perm: ints = [1, 3, 0, 5, 2, 6, 4, 7]> (query_split)
+        starts_from_zero = Range (n0, padded_length, unit)
+        starts = Add (starts_from_zero, first_position)
+        starts_shape = Constant <value_ints: ints = [-1, {u.together}, 1]> ()
+        starts_by_span = Reshape (starts, starts_shape)
+        row_offsets_from_zero = Range (n0, width, n1)
+        row_offsets = Sub (row_offsets_from_zero, before)
+        {_causal_table(u, form.tokens) if g.causal else ""}
+        {_weight_table(u, form, g.causal, gated) if form.merge == "gate" else ""}
+        {_GLOBAL_ROWS if form.tokens else ""}
+        output_by_span = Scan <num_scan_inputs: int = 2, body: graph = span_body (
+            span_query, span_starts
+        ) => (span_output) {{
+            positions = Add (span_starts, row_offsets)
+            clipped_low = Max (positions, n0)
+            chunk_rows = Min (clipped_low, last_key)
+            in_sequence = Equal (chunk_rows, positions)
+            {_with_global_rows() if form.tokens else "rows = Identity (chunk_rows)"}
+            {"" if form.tokens else "inside = Identity (in_sequence)"}
+            rows_bias = Gather <axis: int = 1> (mask_bias, rows)
+            seen_bias = Where (inside, rows_bias, hidden_bias)
+            bias_shape = Constant <value_ints: ints = [0, 1, {u.together}, 1, 1, {u.width + form.tokens}]> ()
+            {"mask_by_unit" if form.merge == "gate" else "unit_bias"} = Reshape (seen_bias, bias_shape)
+            {_unit_weights(u, gated) if form.merge == "gate" else ""}
+            keys = Gather <axis: int = 2> (key_heads, rows)
+            values = Gather <axis: int = 2> (value_heads, rows)
+            keys_transposed = Transpose <perm: ints = [0, 1, 2, 4, 3]> (keys)
+            span_output = Scan <num_scan_inputs: int = {2 if g.causal else 1}, body: graph = tile_body (
+                tile_query{", tile_causal" if g.causal else ""}
+            ) => (tile_output) {{
+                folded_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups * u.tile}, {dim}]> ()
+                query_folded = Reshape (tile_query, folded_shape)
+                query_scaled = Mul (query_folded, scale_value)
+                scores_folded = MatMul (query_scaled, keys_transposed)
+                scores_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups}, {u.tile}, -1]> ()
+                scores = Reshape (scores_folded, scores_shape)
+                bias = {"Add (unit_bias, tile_causal)" if g.causal else "Identity (unit_bias)"}
+                highest_bias = ReduceMax <keepdims: int = 1> (bias, last_axis)
+                row_sees_any = Greater (highest_bias, nearly_hidden)
+                row_factor = Cast <to: int = 1> (row_sees_any)
+                biased = Add (scores, bias)
+                weights = Softmax <axis: int = -1> (biased)
+                weights_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups * u.tile}, -1]> ()
+                weights_folded = Reshape (weights, weights_shape)
+                attended_folded = MatMul (weights_folded, values)
+                attended_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups}, {u.tile}, {dim}]> ()
+                attended = Reshape (attended_folded, attended_shape)
+                zeroed = Mul (attended, row_factor)
+                tile_output = Transpose <perm: ints = [0, 2, 4, 1, 3, 5]> (zeroed)
+            }}> (span_query{", causal_table" if g.causal else ""})
+        }}> (query_by_span, starts_by_span)
+        by_token = Transpose <perm: ints = [2, 0, 3, 1, 4, 5, 6, 7]> (output_by_span)
+        joined = Reshape (by_token, packed_shape)
+        query_end_1d = Unsqueeze (query_end, zero)
+        attended = Slice (joined, head_1d, query_end_1d, one)
+    """
+    return _prefixed(text, name)
+
+
+def _prefixed(text: str, name: str) -> str:
+    """The values that the statements define renamed, so that they can stand in a graph more than once."""
+    defined = set(re.findall(r"^\s*(\w+) = ", text, re.MULTILINE))
+    inner = set(re.findall(r"graph = (\w+)", text)) | set(re.findall(r"(?:span|tile)_(?:query|starts|causal)\b", text))
+    pattern = re.compile(r"\b(" + "|".join(sorted(defined | inner, key=len, reverse=True)) + r")\b(?!:)")
+    return pattern.sub(lambda match: f"{name}_{match[1]}", text)
+
+
+_GLOBAL_ROWS = """
+        global_positions = Range (n0, tokens, n1)
+        global_clipped = Min (global_positions, last_key)
+        global_inside = LessOrEqual (global_positions, last_key)
+"""
+
+
+def _with_global_rows() -> str:
+    """Global tokens come first and once: inside a chunk they are hidden."""
+    return """
+            rows_shape = Shape (positions)
+            unit_count = Slice (rows_shape, zero, one)
+            token_count = Shape (global_clipped)
+            global_shape = Concat <axis: int = 0> (unit_count, token_count)
+            global_rows = Expand (global_clipped, global_shape)
+            global_seen = Expand (global_inside, global_shape)
+            behind_tokens = GreaterOrEqual (positions, tokens)
+            not_global = And (in_sequence, behind_tokens)
+            rows = Concat <axis: int = 1> (global_rows, chunk_rows)
+            inside = Concat <axis: int = 1> (global_seen, not_global)
+    """
+
+
+def _causal_table(u: _Units, tokens: int) -> str:
+    """What hides keys behind the query, ``[tiles, tile, tokens + width]``; global rows are computed elsewhere."""
+    return f"""
+        unit_rows = Range (n0, unit, n1)
+        unit_column = Unsqueeze (unit_rows, one)
+        not_behind = LessOrEqual (row_offsets, unit_column)
+        chunk_table = Where (not_behind, visible_bias, hidden_bias)
+        table_pads = Constant <value_ints: ints = [0, {tokens}, 0, 0]> ()
+        unit_table = Pad (chunk_table, table_pads)
+        table_shape = Constant <value_ints: ints = [{u.tiles}, {u.tile}, {tokens + u.width}]> ()
+        causal_table = Reshape (unit_table, table_shape)
+    """
+
+
+def _weight_table(u: _Units, form: Chunked, causal: bool, gated: bool) -> str:
+    """Biases of the columns: global tokens, the half chunk before, the query's own, the one behind.
+
+    Even half chunks are the first of their chunk A, so that the half before them is of B alone; odd ones the reverse.
+    """
+    ones = f"""
+        own_columns = Constant <value_ints: ints = [{u.unit}]> ()
+        token_columns = Constant <value_ints: ints = [{form.tokens}]> ()
+    """
+    shape = "Concat <axis: int = 0> (gate_dims, {})" if gated else "Identity ({})"
+    dims = "gate_dims = Shape <start: int = 0, end: int = 4> (a_bias)\n" if gated else ""
+    behind = "" if causal else ", {}_columns"
+    return f"""
+        {ones}
+        {dims}
+        own_shape = {shape.format("own_columns")}
+        tokens_shape = {shape.format("token_columns")}
+        a_columns = Expand (a_bias, own_shape)
+        b_columns = Expand (visible_bias, own_shape)
+        both_columns = Expand (both_bias, own_shape)
+        global_columns = Expand (both_bias, tokens_shape)
+        even_weights = Concat <axis: int = -1> (global_columns, b_columns, both_columns{behind.format("a")})
+        odd_weights = Concat <axis: int = -1> (global_columns, a_columns, both_columns{behind.format("b")})
+    """
+
+
+def _unit_weights(u: _Units, gated: bool) -> str:
+    return f"""
+            unit_number = Div (span_starts, unit)
+            modulus = Constant <value: tensor = int64 {{2}}> ()
+            parity = Mod (unit_number, modulus)
+            parity_shape = Constant <value_ints: ints = [{u.together}, 1, 1, 1]> ()
+            parity_by_unit = Reshape (parity, parity_shape)
+            is_odd = Equal (parity_by_unit, n1)
+            weights_by_unit = Where (is_odd, odd_weights, even_weights)
+            unit_bias = Add (mask_by_unit, weights_by_unit)
+    """
+
+
+def _direct(g: AttentionGeometry, form: Chunked, gated: bool) -> str:
+    """The rule evaluated pair by pair, over the keys from the first chunk on that the first query sees."""
+    first = (
+        "first_chunk = Div (offset, size)\n first_key = Mul (first_chunk, size)"
+        if form.merge == "concat"
+        else "first_half = Div (offset, half_size)\n half_before = Sub (first_half, n1)\n"
+        "first_unclipped = Mul (half_before, half_size)\n first_key = Max (first_unclipped, n0)"
+    )
+    joined = (
+        """
+        global_count = Min (first_key, tokens)
+        global_rows = Range (n0, global_count, n1)
+        chunk_positions = Range (first_key, key_length, n1)
+        positions = Concat <axis: int = 0> (global_rows, chunk_positions)
+        """
+        if form.tokens
+        else "positions = Range (first_key, key_length, n1)"
+    )
+    rules = "\n".join(_direct_rule(g, form, shift) for shift in form.shifts)
+    if form.merge == "concat":
+        attend = _direct_softmax(g, "seen0", "direct_attended")
+    elif form.merge == "add":
+        attend = _direct_softmax(g, "seen0", "attended_a") + _direct_softmax(g, f"seen{form.size // 2}", "attended_b")
+        attend += "\n attended_sum = Add (attended_a, attended_b)\n direct_attended = Mul (attended_sum, one_half)"
+    else:
+        a, b = "seen0", f"seen{form.size // 2}"
+        attend = f"""
+        in_both = And ({a}, {b})
+        in_any = Or ({a}, {b})
+        weights_alone = Where ({a}, direct_a_bias, visible_bias)
+        weights_bias = Where (in_both, direct_both_bias, weights_alone)
+        scores_weighted = Add (scores, weights_bias)
+        """ + _direct_softmax(g, "in_any", "direct_attended", scores="scores_weighted")
+        squeezed = "a_axes = Constant <value_ints: ints = [1]> ()\n"
+        for bias in ("a_bias", "both_bias"):
+            squeezed += f"direct_{bias} = " + (f"Squeeze ({bias}, a_axes)\n" if gated else f"Identity ({bias})\n")
+        attend = squeezed + attend
+    return f"""
+        {first}
+        {joined}
+        keys = Gather <axis: int = 1> (key, positions)
+        values = Gather <axis: int = 1> (value, positions)
+        mask_rows = Gather <axis: int = 1> (key_mask, positions)
+        mask_axes = Constant <value_ints: ints = [1, 2, 3]> ()
+        mask_by_row = Unsqueeze (mask_rows, mask_axes)
+        query_positions = Range (offset, key_length, n1)
+        query_column = Unsqueeze (query_positions, one)
+        {rules}
+        query_split = Reshape (query, query_heads_shape)
+        query_heads = Transpose <perm: ints = [0, 2, 3, 1, 4]> (query_split)
+        query_scaled = Mul (query_heads, scale_value)
+        keys_split = Reshape (keys, kv_shape)
+        keys_by_head = Transpose <perm: ints = [0, 2, 3, 1]> (keys_split)
+        keys_grouped = Unsqueeze (keys_by_head, two)
+        values_split = Reshape (values, kv_shape)
+        values_by_head = Transpose <perm: ints = [0, 2, 1, 3]> (values_split)
+        values_grouped = Unsqueeze (values_by_head, two)
+        scores = MatMul (query_scaled, keys_grouped)
+        {attend}
+        by_token = Transpose <perm: ints = [0, 3, 1, 2, 4]> (direct_attended)
+        direct_output = Reshape (by_token, packed_shape)
+    """
+
+
+def _direct_rule(g: AttentionGeometry, form: Chunked, shift: int) -> str:
+    s = shift
+    lines = [
+        f"shift{s} = Constant <value: tensor = int64 {{{s}}}> ()",
+        f"query_shifted{s} = Add (query_column, shift{s})",
+        f"key_shifted{s} = Add (positions, shift{s})",
+        f"query_chunk{s} = Div (query_shifted{s}, size)",
+        f"key_chunk{s} = Div (key_shifted{s}, size)",
+        f"in_chunk{s} = Equal (query_chunk{s}, key_chunk{s})",
+    ]
+    if form.tokens:
+        lines += [f"is_token{s} = Less (positions, tokens)", f"rule{s} = Or (in_chunk{s}, is_token{s})"]
+    else:
+        lines.append(f"rule{s} = Identity (in_chunk{s})")
+    if g.causal:
+        lines += [f"not_behind{s} = LessOrEqual (positions, query_column)", f"past{s} = And (rule{s}, not_behind{s})"]
+    else:
+        lines.append(f"past{s} = Identity (rule{s})")
+    lines.append(f"seen{s} = And (past{s}, mask_by_row)")
+    return "\n        ".join(lines)
+
+
+def _direct_softmax(g: AttentionGeometry, seen: str, result: str, scores: str = "scores") -> str:
+    return f"""
+        {result}_biased = Where ({seen}, {scores}, hidden_bias)
+        {result}_weights = Softmax <axis: int = -1> ({result}_biased)
+        {result}_all = MatMul ({result}_weights, values_grouped)
+        {result}_seen = Cast <to: int = 1> ({seen})
+        {result}_factor = ReduceMax <keepdims: int = 1> ({result}_seen, last_axis)
+        {result} = Mul ({result}_all, {result}_factor)
+    """
+
+
+def _global_rows(g: AttentionGeometry) -> str:
+    """The first tokens attend to every key; their rows replace what the chunks gave."""
+    causal = """
+        row_positions = Range (offset, rows_end, n1)
+        row_column = Unsqueeze (row_positions, one)
+        all_positions = Range (n0, key_length, n1)
+        not_behind = LessOrEqual (all_positions, row_column)
+        rows_bias = Where (not_behind, rows_mask, hidden_bias)
+    """
+    return f"""
+    tokens_there = Min (tokens, key_length)
+    rows_end = Max (tokens_there, offset)
+    row_count = Sub (rows_end, offset)
+    has_rows = Greater (row_count, n0)
+    output = If (has_rows) <then_branch: graph = with_rows () => (with_rows_output) {{
+        row_count_1d = Unsqueeze (row_count, zero)
+        rows_query = Slice (query, zero, row_count_1d, one)
+        rows_split = Reshape (rows_query, query_heads_shape)
+        rows_heads = Transpose <perm: ints = [0, 2, 3, 1, 4]> (rows_split)
+        rows_scaled = Mul (rows_heads, scale_value)
+        all_key_split = Reshape (key, kv_shape)
+        all_key_heads = Transpose <perm: ints = [0, 2, 3, 1]> (all_key_split)
+        all_key_grouped = Unsqueeze (all_key_heads, two)
+        all_value_split = Reshape (value, kv_shape)
+        all_value_heads = Transpose <perm: ints = [0, 2, 1, 3]> (all_value_split)
+        all_value_grouped = Unsqueeze (all_value_heads, two)
+        rows_scores = MatMul (rows_scaled, all_key_grouped)
+        rows_mask_axes = Constant <value_ints: ints = [1, 2, 3]> ()
+        rows_mask = Unsqueeze (mask_bias, rows_mask_axes)
+        {causal if g.causal else "rows_bias = Identity (rows_mask)"}
+        rows_biased = Add (rows_scores, rows_bias)
+        rows_weights = Softmax <axis: int = -1> (rows_biased)
+        rows_all = MatMul (rows_weights, all_value_grouped)
+        rows_highest = ReduceMax <keepdims: int = 1> (rows_bias, last_axis)
+        rows_see_any = Greater (rows_highest, nearly_hidden)
+        rows_factor = Cast <to: int = 1> (rows_see_any)
+        rows_attended = Mul (rows_all, rows_factor)
+        rows_by_token = Transpose <perm: ints = [0, 3, 1, 2, 4]> (rows_attended)
+        rows_output = Reshape (rows_by_token, packed_shape)
+        remaining = Slice (chunked_output, row_count_1d, query_length_1d, one)
+        with_rows_output = Concat <axis: int = 1> (rows_output, remaining)
+    }}, else_branch: graph = without_rows () => (without_rows_output) {{
+        without_rows_output = Identity (chunked_output)
+    }}>
+    """
+
+
+def _float(value: float) -> str:
+    return np.format_float_positional(np.float32(value), trim="0")
