@@ -11,21 +11,17 @@
 
 namespace effc::cpu {
 
-// The keys of one batch entry that its padding mask leaves.
-struct AttendableKeys {
-  Range range;     // first to last attendable key
-  bool has_holes;  // some key inside the range is masked
-};
-
 // Row-major tensors: query and output [batch, q_len, num_heads * head_dim], key and value
-// [batch, kv_len, kv_num_heads * head_dim], key_mask [batch, kv_len], log_sum_exp [batch, num_heads, q_len].
+// [batch, kv_len, kv_num_heads * head_dim], key_mask and marks [batch, kv_len], log_sum_exp [batch, num_heads, q_len].
 // The queries are the last q_len of the kv_len positions.
 struct Problem {
   const float* query;
   const float* key;
   const float* value;
-  const uint8_t* key_mask;                // or null: every key may be attended
-  const AttendableKeys* attendable_keys;  // one per batch entry
+  const uint8_t* key_mask;      // or null: every key may be attended
+  const uint8_t* marks;         // or null: no token is marked
+  const float* distance_bias;   // [num_heads, 2 * bias_reach + 1] by j - i, or null
+  const float* distance_slope;  // [num_heads], times j - i, or null
   float* output;
   float* log_sum_exp;  // or null: not wanted
 
@@ -35,38 +31,85 @@ struct Problem {
   int64_t num_heads;
   int64_t kv_num_heads;
   int64_t head_dim;
+  Position bias_reach;
   float scale;
-  Pattern pattern;
 };
 
-// Attention in which query i sees key j only if j - i is a multiple of `step` (dilated, strided) is `step` independent
-// problems, each on every step-th position, and in each of them the visible keys lie side by side again. All other
-// patterns are one problem with step 1. Subsequence f holds the queries f, f + step, f + 2 step, ... of the tensor.
-struct Subsequences {
+// The keys of one batch entry that a mask leaves.
+struct AttendableKeys {
+  Range range;     // first to last attendable key
+  bool has_holes;  // some key inside the range is masked
+};
+
+struct List {
+  const Position* positions;  // ascending
+  int32_t count;
+};
+
+// What a plan (plan.hpp) found out about one batch entry.
+struct BatchEntry {
+  AttendableKeys all_keys;   // by Problem::key_mask
+  AttendableKeys main_keys;  // by main_mask: without the listed keys
+  const uint8_t* all_mask;   // [kv_len], or null: every key
+  const uint8_t* main_mask;
+  List listed_keys;  // keys that every query sees and that stand anywhere; not masked
+  List listed_rows;  // rows of the query tensor that see every key
+};
+
+// What is added to the scores by distance, in units of log2. One head's table holds, for i - j from
+// -reach - kTilePadding to reach + kTilePadding, the bias of that distance, so that a tile of neighbouring queries
+// reads its biases side by side and beyond the reach reads the outermost one.
+constexpr Position kTilePadding = 64;
+struct DistanceBias {
+  const float* tables;  // [num_heads, row], or null
+  int64_t row;
+  Position reach;
+  const float* slopes;  // [num_heads], or null
+};
+
+// Softmax over a union of terms can be computed in parts, each continuing where the last one stopped. All terms whose
+// visible keys lie side by side form one pass. A term in which query i sees key j only if j - i is a multiple of `step`
+// (dilated, strided) forms a pass of its own: `step` independent problems, each on every step-th position, and in each
+// of them the visible keys lie side by side again. Subsequence f holds the queries f, f + step, ... of the tensor.
+struct Pass {
+  Pattern pattern;   // between the positions of one subsequence; neither kFirstQueries nor kMarked
+  Pattern excluded;  // between positions: what earlier passes have done
   Position step;
-  Position count;   // those that hold a query
-  Pattern pattern;  // between the positions of one subsequence
+  bool continues;  // start from what is in output and log_sum_exp
+  bool takes_listed_keys;
 };
 
-constexpr int64_t kMaxHeadDim = 256;
+// Before every query, even with more queries than keys, when the first ones stand at negative positions.
+constexpr Position kNoQuery = -kMaxLength;
+
+// Everything that a kernel needs to know about a call.
+struct Call {
+  Problem problem;
+  const BatchEntry* entries;  // one per batch entry
+  DistanceBias bias;
+  Position whole_rows;    // queries before this are listed rows
+  bool marks_whole_rows;  // and so are marked queries
+};
+
+constexpr int64_t kMaxHeadDim = 512;
 constexpr int kTileRows = 64;  // one bit of a 64-bit word per row
+constexpr int kKeyTile = 64;   // keys per round of the online softmax
 constexpr int kFewRows = 4;
 
 // The unit of parallel work: some queries of some heads that share one key/value head. Row r of the tile is query
-// `first_query + r % query_count` of its subsequence, of head `first_head + r / query_count`. Long inputs fill a tile
-// with queries of one head; a decode step fills it with the heads of a group, so that keys and values are read once for
-// all of them.
+// r % query_count of its queries, of head `first_head + r / query_count`. Long inputs fill a tile with queries of one
+// head; a decode step fills it with the heads of a group, so that keys and values are read once for all of them.
 struct QueryTile {
   int64_t batch_index;
   int64_t first_head;
   int32_t head_count;
   Position subsequence;
-  Position first_query;  // of the subsequence
+  Position first_query;  // of the subsequence, or of the listed rows
   int32_t query_count;
+  bool listed;  // the queries are listed rows, which see everything
 };
 
-using AttendFunction = void (*)(const Problem& problem, const Subsequences& subsequences, const QueryTile& tile,
-                                float* workspace);
+using AttendFunction = void (*)(const Call& call, const Pass& pass, const QueryTile& tile, float* workspace);
 
 // What one instruction set offers.
 struct Kernels {
@@ -79,7 +122,10 @@ struct Kernels {
 
 // Floats that one thread needs to run a kernel; the workspace must be aligned to kWorkspaceAlignment bytes.
 constexpr size_t kWorkspaceAlignment = 64;
-size_t workspace_floats();
+constexpr size_t kWorkspaceFloats = 2 * kMaxHeadDim * kTileRows   // queries and outputs
+                                    + 2 * kMaxHeadDim * kKeyTile  // listed keys and their values
+                                    + kKeyTile * kTileRows        // scores
+                                    + 3 * kTileRows;              // statistics
 
 const Kernels& portable_kernels();
 #if defined(EFFC_HAVE_X86_KERNELS)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/attention_common.hpp"
+#include "cpu/key_blocks.hpp"
 
 namespace effc::cpu {
 namespace {
@@ -56,66 +57,68 @@ inline void softmax_row(float* scores, int keys, uint64_t visible, float& row_ma
 }
 
 template <int kRows>
-inline void attend_rows(const Problem& problem, const Subsequences& subsequences, const QueryTile& tile,
-                        float* memory) {
-  const TileLayout layout = layout_of(problem, subsequences, tile);
+inline void attend_rows(const Call& call, const Pass& pass, const QueryTile& tile, float* memory) {
+  const Problem& problem = call.problem;
+  const TileLayout layout = layout_of(call, pass, tile);
+  if (layout.elsewhere == low_bits(layout.rows)) return;
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = vectors_for(head_dim) * kWidth;
-  float* query = memory;                    // [kRows][stride], scaled
-  float* output = query + kRows * stride;   // [kRows][stride]
-  float* scores = output + kRows * stride;  // [kRows][kKeyTile]
+  float* query = memory;                      // [kRows][stride], scaled
+  float* output = query + kRows * stride;     // [kRows][stride]
+  float* scores = output + kRows * stride;    // [kRows][kKeyTile]
+  float* listed = scores + kRows * kKeyTile;  // [2][kKeyTile][head_dim]
   float row_max[kRows], row_sum[kRows], rescale[kRows];
+  start_rows(call, pass, tile, layout, row_max, row_sum, output, stride);
   for (int r = 0; r < kRows; ++r) {
-    row_max[r] = kNoScore;
-    row_sum[r] = 0.0f;
     const float* from = layout.query + row_offset(problem, tile, layout, r);
     for (int64_t d = 0; d < stride; ++d) {
       query[r * stride + d] = d < head_dim ? from[d] * problem.scale * kLog2E : 0.0f;
-      output[r * stride + d] = 0.0f;
     }
-    // Lanes behind a short tile's last key are computed and thrown away; they must hold numbers.
+    // Lanes behind a short block's last key are computed and thrown away; they must hold numbers.
     for (int j = 0; j < kKeyTile; ++j) scores[r * kKeyTile + j] = 0.0f;
   }
 
-  TileVisibility visibility;
-  KeyTile tile_of_keys;
-  KeyTileIterator iterator = key_tiles(subsequences.pattern, layout.positions, layout.attendable.range, kKeyTile);
-  while (next_tile(iterator, subsequences.pattern, tile_of_keys)) {
-    if (!find_visible(subsequences.pattern, tile, layout, tile_of_keys, visibility)) continue;
-    const Position first_key = tile_of_keys.keys.begin;
-    const int keys = tile_of_keys.keys.end - first_key;
-
+  const bool biased = call.bias.tables != nullptr || call.bias.slopes != nullptr;
+  BlockVisibility visibility;
+  KeyBlock block;
+  KeyWalk walk = walk_keys(pass, layout);
+  while (next_block(call, pass, tile, layout, listed, walk, block, visibility)) {
     uint64_t visible_keys[kRows];
-    for (int r = 0; r < kRows; ++r) visible_keys[r] = visibility.all ? low_bits(keys) : 0;
-    for (int j = 0; j < keys; ++j) {
+    for (int r = 0; r < kRows; ++r) visible_keys[r] = visibility.all ? low_bits(block.count) : 0;
+    for (int j = 0; j < block.count; ++j) {
       if (!visibility.all) {
         for (int r = 0; r < kRows; ++r) visible_keys[r] |= (visibility.rows[j] >> r & 1) << j;
         if (visibility.rows[j] == 0) continue;
       }
       float key_scores[kRows];
-      score_key<kRows>(query, stride, layout.key + (first_key + j) * layout.key_stride, head_dim, key_scores);
+      score_key<kRows>(query, stride, block.key + j * block.stride, head_dim, key_scores);
       for (int r = 0; r < kRows; ++r) scores[r * kKeyTile + j] = key_scores[r];
+      if (!biased) continue;
+      for (int r = 0; r < kRows; ++r) {
+        const Position position = query_position(layout, r % tile.query_count);
+        scores[r * kKeyTile + j] +=
+            bias_of(call.bias, tile.first_head + r / tile.query_count, position, key_position(block, j));
+      }
     }
     for (int r = 0; r < kRows; ++r) {
-      softmax_row(scores + r * kKeyTile, keys, visible_keys[r], row_max[r], row_sum[r], rescale[r]);
+      softmax_row(scores + r * kKeyTile, block.count, visible_keys[r], row_max[r], row_sum[r], rescale[r]);
     }
-    accumulate<kRows, 1, kKeyTile>(scores, layout.value + first_key * layout.key_stride, layout.key_stride, keys,
-                                   head_dim, rescale, output, stride);
+    accumulate<kRows, 1, kKeyTile>(scores, block.value, block.stride, block.count, head_dim, rescale, output, stride);
   }
   write_rows(problem, tile, layout, row_max, row_sum, output, stride);
 }
 
-void attend_few(const Problem& problem, const Subsequences& subsequences, const QueryTile& tile, float* memory) {
+void attend_few(const Call& call, const Pass& pass, const QueryTile& tile, float* memory) {
   static_assert(kFewRows == 4, "the cases below cover 1 to kFewRows");
   switch (tile.head_count * tile.query_count) {
     case 1:
-      return attend_rows<1>(problem, subsequences, tile, memory);
+      return attend_rows<1>(call, pass, tile, memory);
     case 2:
-      return attend_rows<2>(problem, subsequences, tile, memory);
+      return attend_rows<2>(call, pass, tile, memory);
     case 3:
-      return attend_rows<3>(problem, subsequences, tile, memory);
+      return attend_rows<3>(call, pass, tile, memory);
     default:
-      return attend_rows<4>(problem, subsequences, tile, memory);
+      return attend_rows<4>(call, pass, tile, memory);
   }
 }
 

@@ -6,13 +6,14 @@
 #pragma once
 
 #include "cpu/attention_common.hpp"
+#include "cpu/key_blocks.hpp"
 
 namespace effc::cpu {
 namespace {
 
 constexpr int kRowVectors = kTileRows / kWidth;
 
-// One tile's memory. Around 130 KB for head_dim 256, all of it in the second-level cache.
+// One tile's memory. Around 150 KB for head_dim 256, all of it in the second-level cache.
 struct TileWorkspace {
   float* query;   // [head_dim][kTileRows], scaled
   float* scores;  // [kKeyTile][kTileRows]: scores, then softmax weights
@@ -20,16 +21,19 @@ struct TileWorkspace {
   float* row_max;
   float* row_sum;
   float* rescale;
+  float* listed;  // [2][kKeyTile][head_dim]
 };
 
-inline TileWorkspace carve_workspace(float* memory) {
+inline TileWorkspace carve_workspace(float* memory, int64_t head_dim) {
+  const int64_t padded = vectors_for(head_dim) * kWidth;
   TileWorkspace workspace;
   workspace.query = memory;
-  workspace.scores = workspace.query + kMaxHeadDim * kTileRows;
+  workspace.scores = workspace.query + padded * kTileRows;
   workspace.output = workspace.scores + kKeyTile * kTileRows;
-  workspace.row_max = workspace.output + kTileRows * kMaxHeadDim;
+  workspace.row_max = workspace.output + kTileRows * padded;
   workspace.row_sum = workspace.row_max + kTileRows;
   workspace.rescale = workspace.row_sum + kTileRows;
+  workspace.listed = workspace.rescale + kTileRows;
   return workspace;
 }
 
@@ -40,7 +44,7 @@ inline void load_query(const Problem& problem, const QueryTile& tile, const Tile
   const int64_t whole = head_dim - head_dim % kWidth;
   for (int first = 0; first < layout.rows; first += kWidth) {
     // A block of rows of one head is strided regularly; a block across heads or beyond the end is not.
-    const bool regular = first + kWidth <= tile.query_count;
+    const bool regular = layout.listed_rows == nullptr && first + kWidth <= tile.query_count;
     const int64_t transposed = regular ? whole : 0;
     for (int64_t d = 0; d < transposed; d += kWidth) {
       Simd::transpose(layout.query + first * layout.query_stride + d, layout.query_stride,
@@ -116,9 +120,9 @@ inline void prefetch_keys(const float* key, int64_t key_stride, int64_t head_dim
 }
 
 // Leaves the scores of (key, vector of rows) pairs that no row of the vector sees undefined.
-inline void compute_scores(const TileWorkspace& workspace, const TileLayout& layout, int64_t head_dim, Range keys,
-                           const TileVisibility& visibility) {
-  const int count = keys.end - keys.begin;
+inline void compute_scores(const TileWorkspace& workspace, const TileLayout& layout, int64_t head_dim,
+                           const KeyBlock& block, const BlockVisibility& visibility) {
+  const int count = block.count;
   const int vectors = vectors_for(layout.rows);
   for (int j = 0; j < count;) {
     const int left = count - j;
@@ -134,18 +138,17 @@ inline void compute_scores(const TileWorkspace& workspace, const TileLayout& lay
       first = __builtin_ctzll(seeing) / kWidth;
       end = (63 - __builtin_clzll(seeing)) / kWidth + 1;
     }
-    const float* key = layout.key + (keys.begin + j) * layout.key_stride;
-    prefetch_keys(key + taken * layout.key_stride, layout.key_stride, head_dim,
-                  left - taken < taken ? left - taken : taken);
+    const float* key = block.key + j * block.stride;
+    prefetch_keys(key + taken * block.stride, block.stride, head_dim, left - taken < taken ? left - taken : taken);
     float* scores = workspace.scores + j * kTileRows;
     if (taken == 6) {
-      score_keys<6>(workspace.query, key, layout.key_stride, head_dim, scores, first, end);
+      score_keys<6>(workspace.query, key, block.stride, head_dim, scores, first, end);
     } else if (taken == 4) {
-      score_keys<4>(workspace.query, key, layout.key_stride, head_dim, scores, first, end);
+      score_keys<4>(workspace.query, key, block.stride, head_dim, scores, first, end);
     } else if (taken == 2) {
-      score_keys<2>(workspace.query, key, layout.key_stride, head_dim, scores, first, end);
+      score_keys<2>(workspace.query, key, block.stride, head_dim, scores, first, end);
     } else {
-      score_keys<1>(workspace.query, key, layout.key_stride, head_dim, scores, first, end);
+      score_keys<1>(workspace.query, key, block.stride, head_dim, scores, first, end);
     }
     j += taken;
   }
@@ -154,7 +157,7 @@ inline void compute_scores(const TileWorkspace& workspace, const TileLayout& lay
 // One step of the online softmax for one vector of rows: scores become weights, and the running maximum, the running
 // sum and the factor for what was accumulated before are brought up to date.
 template <bool kAll>
-inline void softmax_step(const TileWorkspace& workspace, int vector, int keys, const TileVisibility& visibility) {
+inline void softmax_step(const TileWorkspace& workspace, int vector, int keys, const BlockVisibility& visibility) {
   float* column = workspace.scores + vector * kWidth;
   const auto bits = [&](int j) { return visibility.rows[j] >> (vector * kWidth) & low_bits(kWidth); };
 
@@ -195,14 +198,14 @@ inline void softmax_step(const TileWorkspace& workspace, int vector, int keys, c
   Simd::store(workspace.rescale + vector * kWidth, rescale);
 }
 
-inline void accumulate_values(const TileWorkspace& workspace, const TileLayout& layout, int64_t head_dim, Range keys,
-                              const TileVisibility& visibility) {
+inline void accumulate_values(const TileWorkspace& workspace, const TileLayout& layout, int64_t head_dim,
+                              const KeyBlock& block, const BlockVisibility& visibility) {
   const int64_t output_stride = vectors_for(head_dim) * kWidth;
   for (int row = 0; row < layout.rows;) {
     const int left = layout.rows - row;
     const int taken = left >= 6 ? 6 : (left >= 4 ? 4 : (left >= 2 ? 2 : 1));
     // The keys that some of these rows see. Without any, the rows' maximum is unchanged and there is nothing to do.
-    int first = 0, end = keys.end - keys.begin;
+    int first = 0, end = block.count;
     if (!visibility.all) {
       const uint64_t group = low_bits(taken) << row;
       while (first < end && (visibility.rows[first] & group) == 0) ++first;
@@ -210,11 +213,11 @@ inline void accumulate_values(const TileWorkspace& workspace, const TileLayout& 
     }
     if (first < end) {
       const float* weights = workspace.scores + first * kTileRows + row;
-      const float* value = layout.value + (keys.begin + first) * layout.key_stride;
+      const float* value = block.value + first * block.stride;
       const float* rescale = workspace.rescale + row;
       float* output = workspace.output + row * output_stride;
       const auto run = [&](auto accumulate_rows) {
-        accumulate_rows(weights, value, layout.key_stride, end - first, head_dim, rescale, output, output_stride);
+        accumulate_rows(weights, value, block.stride, end - first, head_dim, rescale, output, output_stride);
       };
       if (taken == 6) {
         run(accumulate<6, kTileRows, 1>);
@@ -230,29 +233,63 @@ inline void accumulate_values(const TileWorkspace& workspace, const TileLayout& 
   }
 }
 
-void attend_tile(const Problem& problem, const Subsequences& subsequences, const QueryTile& tile, float* memory) {
-  const TileLayout layout = layout_of(problem, subsequences, tile);
-  const TileWorkspace workspace = carve_workspace(memory);
+// Adds what distance alone contributes to the scores.
+inline void add_bias(const DistanceBias& bias, const QueryTile& tile, const TileLayout& layout, const KeyBlock& block,
+                     float* scores) {
+  const bool neighbours = layout.listed_rows == nullptr && layout.queries.step == 1;
+  for (int j = 0; j < block.count; ++j) {
+    const Position key = key_position(block, j);
+    float* row = scores + j * kTileRows;
+    if (neighbours && tile.head_count == 1) {
+      // Numbers behind the last row are padding on both sides.
+      if (bias.tables != nullptr) {
+        const float* biases = neighbouring_biases(bias, tile.first_head, layout.queries.first, key);
+        for (int r = 0; r < layout.rows; r += kWidth) {
+          Simd::store(row + r, Simd::add(Simd::load(row + r), Simd::load(biases + r)));
+        }
+      }
+      if (bias.slopes != nullptr) {
+        const float slope = bias.slopes[tile.first_head];
+        const float first = static_cast<float>(key - layout.queries.first);
+        for (int r = 0; r < layout.rows; ++r) row[r] += slope * (first - static_cast<float>(r));
+      }
+      continue;
+    }
+    for (int r = 0; r < layout.rows; ++r) {
+      const Position query = query_position(layout, r % tile.query_count);
+      row[r] += bias_of(bias, tile.first_head + r / tile.query_count, query, key);
+    }
+  }
+}
+
+void attend_tile(const Call& call, const Pass& pass, const QueryTile& tile, float* memory) {
+  const Problem& problem = call.problem;
+  const TileLayout layout = layout_of(call, pass, tile);
+  if (layout.elsewhere == low_bits(layout.rows)) return;
+  const TileWorkspace workspace = carve_workspace(memory, problem.head_dim);
   const int vectors = vectors_for(layout.rows);
   const int64_t output_stride = vectors_for(problem.head_dim) * kWidth;
 
   load_query(problem, tile, layout, workspace.query);
-  for (int r = 0; r < kTileRows; ++r) workspace.row_max[r] = kNoScore;
-  for (int r = 0; r < kTileRows; ++r) workspace.row_sum[r] = 0.0f;
-  for (int64_t x = 0; x < layout.rows * output_stride; ++x) workspace.output[x] = 0.0f;
+  for (int r = layout.rows; r < kTileRows; ++r) {
+    workspace.row_max[r] = kNoScore;
+    workspace.row_sum[r] = 0.0f;
+  }
+  start_rows(call, pass, tile, layout, workspace.row_max, workspace.row_sum, workspace.output, output_stride);
 
-  TileVisibility visibility;
-  KeyTile tile_of_keys;
-  KeyTileIterator iterator = key_tiles(subsequences.pattern, layout.positions, layout.attendable.range, kKeyTile);
-  while (next_tile(iterator, subsequences.pattern, tile_of_keys)) {
-    if (!find_visible(subsequences.pattern, tile, layout, tile_of_keys, visibility)) continue;
-    const Range keys = tile_of_keys.keys;
-    compute_scores(workspace, layout, problem.head_dim, keys, visibility);
-    for (int vector = 0; vector < vectors; ++vector) {
-      visibility.all ? softmax_step<true>(workspace, vector, keys.end - keys.begin, visibility)
-                     : softmax_step<false>(workspace, vector, keys.end - keys.begin, visibility);
+  BlockVisibility visibility;
+  KeyBlock block;
+  KeyWalk walk = walk_keys(pass, layout);
+  while (next_block(call, pass, tile, layout, workspace.listed, walk, block, visibility)) {
+    compute_scores(workspace, layout, problem.head_dim, block, visibility);
+    if (call.bias.tables != nullptr || call.bias.slopes != nullptr) {
+      add_bias(call.bias, tile, layout, block, workspace.scores);
     }
-    accumulate_values(workspace, layout, problem.head_dim, keys, visibility);
+    for (int vector = 0; vector < vectors; ++vector) {
+      visibility.all ? softmax_step<true>(workspace, vector, block.count, visibility)
+                     : softmax_step<false>(workspace, vector, block.count, visibility);
+    }
+    accumulate_values(workspace, layout, problem.head_dim, block, visibility);
   }
   write_rows(problem, tile, layout, workspace.row_max, workspace.row_sum, workspace.output, output_stride);
 }

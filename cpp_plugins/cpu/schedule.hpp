@@ -1,28 +1,40 @@
-// Cuts a problem into query tiles and runs them, in any order and on any thread.
+// Cuts a call into query tiles and runs them, in any order and on any thread.
 #pragma once
 
-#include "cpu/attention.hpp"
+#include <functional>
+#include <vector>
+
+#include "cpu/plan.hpp"
 
 namespace effc::cpu {
 
-// A task is a few neighbouring query tiles of the same heads. Tasks are numbered with the heads running fastest.
+// The work of one pass. A task is a few neighbouring query tiles of the same heads. Tasks are numbered with the heads
+// running fastest; behind them, in the first pass, come the tiles of listed rows, one task each.
 struct Schedule {
-  Subsequences subsequences;
+  const Pass* pass;
+  Position subsequences;  // those that hold a query
+  Position first_cut;     // queries that the first tile lacks, so that the others begin at multiples of their size
   int32_t heads_per_tile;
   int32_t queries_per_tile;
   int32_t tiles_per_task;
   int64_t head_tiles;   // tiles that all heads are cut into
   int64_t query_tiles;  // tiles that the queries of a subsequence are cut into
   int64_t query_tasks;  // tasks that those are dealt out to
-  int64_t tasks;        // in all
+  int64_t pattern_tasks;
+  std::vector<QueryTile> listed_tiles;
+
+  int64_t tasks() const { return static_cast<int64_t>(listed_tiles.size()) + pattern_tasks; }
 };
 
-Schedule schedule_for(const Problem& problem);
+Schedule schedule_for(const Plan& plan, const Pass& pass);
 
 // Runs one task. Thread safe; each thread keeps its workspace. Returns false if there is no memory for that.
-bool run_task(const Problem& problem, const Schedule& schedule, const Kernels& kernels, int64_t task);
+bool run_task(const Plan& plan, const Schedule& schedule, const Kernels& kernels, int64_t task);
 
-// The range of keys that one batch entry's mask leaves, and whether it has holes. `key_mask` may be null.
-AttendableKeys attendable_keys(const uint8_t* key_mask, Position kv_len);
+// Calls task(n) for every n < count, on any threads, and returns when all are done.
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& task)>;
+
+// Runs the passes one after the other. Returns false if memory ran out.
+bool run_plan(const Plan& plan, const Kernels& kernels, const ParallelFor& parallel_for);
 
 }  // namespace effc::cpu

@@ -43,7 +43,7 @@ std::string random_pattern(Random& random) {
   std::string text;
   for (int term = random.between(1, 3); term > 0; --term) {
     const auto number = [&](int low, int high) { return std::to_string(random.between(low, high)); };
-    switch (random.between(0, 7)) {
+    switch (random.between(0, 9)) {
       case 0:
         text += "local:" + number(1, 150);
         break;
@@ -65,6 +65,12 @@ std::string random_pattern(Random& random) {
       case 6:
         text += "sinks:" + number(0, 80);
         break;
+      case 7:
+        text += "random:" + number(0, 4) + ":" + number(0, 1000);
+        break;
+      case 8:
+        text += "global:cls+#102";
+        break;
       default:
         text += "dense";
     }
@@ -73,21 +79,45 @@ std::string random_pattern(Random& random) {
   return text;
 }
 
+// Queries and keys that are not neighbours, as passes in steps ask about them.
+void check_progressions(const Pattern& pattern, const Scope& scope, const std::string& text, Random& random) {
+  const auto progression = [&] {
+    const Position first = random.between(0, scope.length - 1), step = random.between(1, 20);
+    return Progression{first, step, smaller(64, (scope.length - 1 - first) / step + 1)};
+  };
+  const Progression queries = progression(), keys = progression();
+  uint64_t seen[64];
+  visible_queries(pattern, scope, queries, keys, seen);
+  for (Position n = 0; n < keys.count; ++n) {
+    for (Position r = 0; r < 64; ++r) {
+      const bool expected =
+          r < queries.count && visible(pattern, scope, queries.first + r * queries.step, keys.first + n * keys.step);
+      if ((seen[n] >> r & 1) != expected) fail(text + ": visible_queries differs between steps");
+    }
+  }
+}
+
 void check_pattern(const Pattern& pattern, const std::string& text, Position length, Random& random) {
+  std::vector<uint8_t> marks(length);
+  for (uint8_t& mark : marks) mark = random.between(0, 9) == 0;
+  const Scope scope = {length, random.between(0, 3) == 0 ? nullptr : marks.data()};
   const Range bounds = {random.between(0, length / 4), length - random.between(0, length / 4)};
   const Position first = random.between(0, length - 1);
   const Range queries = {first, smaller(length, first + random.between(1, kTileRows))};
   std::vector<bool> visited(length, false);
   KeyTileIterator iterator = key_tiles(pattern, queries, bounds, random.between(1, 64));
   KeyTile tile;
-  while (next_tile(iterator, pattern, tile)) {
+  while (next_tile(iterator, pattern, scope, tile)) {
     if (is_empty(tile.keys)) fail(text + ": an empty tile");
+    uint64_t seen[64];
+    const Position count = tile.keys.end - tile.keys.begin;
+    visible_queries(pattern, scope, {queries.begin, 1, queries.end - queries.begin}, {tile.keys.begin, 1, count}, seen);
     for (Position j = tile.keys.begin; j < tile.keys.end; ++j) {
       if (j < bounds.begin || j >= bounds.end || visited[j]) fail(text + ": a key out of bounds or twice");
       visited[j] = true;
-      const uint64_t bits = visible_queries(pattern, queries.begin, queries.end - queries.begin, j);
+      const uint64_t bits = seen[j - tile.keys.begin];
       for (Position i = queries.begin; i < queries.end; ++i) {
-        const bool expected = visible(pattern, i, j);
+        const bool expected = visible(pattern, scope, i, j);
         if ((bits >> (i - queries.begin) & 1) != expected) fail(text + ": visible_queries differs from visible");
         if (tile.full && !expected) fail(text + ": a tile is called full and is not");
       }
@@ -96,9 +126,10 @@ void check_pattern(const Pattern& pattern, const std::string& text, Position len
   }
   for (Position i = queries.begin; i < queries.end; ++i) {
     for (Position j = bounds.begin; j < bounds.end; ++j) {
-      if (visible(pattern, i, j) && !visited[j]) fail(text + ": a visible key was never visited");
+      if (visible(pattern, scope, i, j) && !visited[j]) fail(text + ": a visible key was never visited");
     }
   }
+  check_progressions(pattern, scope, text, random);
 }
 
 // Exactly sized, so that one element further is somebody else's memory.
@@ -109,20 +140,28 @@ std::unique_ptr<float[]> random_tensor(size_t size, Random& random) {
 }
 
 // One output row and its log-sum-exp, the slow way.
-void reference_row(const Problem& problem, int64_t batch, int64_t head, int64_t row, std::vector<double>& output,
-                   double& log_sum_exp) {
+void reference_row(const Problem& problem, const Pattern& pattern, int64_t batch, int64_t head, int64_t row,
+                   std::vector<double>& output, double& log_sum_exp) {
   const int64_t dim = problem.head_dim;
   const int64_t kv_head = head / (problem.num_heads / problem.kv_num_heads);
   const float* query = problem.query + ((batch * problem.q_len + row) * problem.num_heads + head) * dim;
   const Position i = static_cast<Position>(row + problem.kv_len - problem.q_len);
+  const Scope scope = {static_cast<Position>(problem.kv_len),
+                       problem.marks == nullptr ? nullptr : problem.marks + batch * problem.kv_len};
   std::vector<double> scores(problem.kv_len, -INFINITY);
   double largest = -INFINITY, sum = 0;
   for (int64_t j = 0; j < problem.kv_len; ++j) {
-    if (!visible(problem.pattern, i, static_cast<Position>(j))) continue;
+    if (!visible(pattern, scope, i, static_cast<Position>(j))) continue;
     if (problem.key_mask != nullptr && problem.key_mask[batch * problem.kv_len + j] == 0) continue;
     const float* key = problem.key + ((batch * problem.kv_len + j) * problem.kv_num_heads + kv_head) * dim;
     scores[j] = 0;
     for (int64_t d = 0; d < dim; ++d) scores[j] += double(query[d]) * key[d] * problem.scale;
+    if (problem.distance_bias != nullptr) {
+      const Position reach = problem.bias_reach;
+      const Position distance = larger(-reach, smaller(reach, static_cast<Position>(j) - i));
+      scores[j] += problem.distance_bias[head * (2 * reach + 1) + distance + reach];
+    }
+    if (problem.distance_slope != nullptr) scores[j] += double(problem.distance_slope[head]) * (double(j) - i);
     largest = std::fmax(largest, scores[j]);
   }
   output.assign(dim, 0.0);
@@ -137,13 +176,13 @@ void reference_row(const Problem& problem, int64_t batch, int64_t head, int64_t 
   log_sum_exp = largest + std::log(sum);
 }
 
-void check_output(const Problem& problem, const std::string& what) {
+void check_output(const Problem& problem, const Pattern& pattern, const std::string& what) {
   std::vector<double> expected;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t head = 0; head < problem.num_heads; ++head) {
       for (int64_t row = 0; row < problem.q_len; ++row) {
         double log_sum_exp = 0;
-        reference_row(problem, b, head, row, expected, log_sum_exp);
+        reference_row(problem, pattern, b, head, row, expected, log_sum_exp);
         const float* output =
             problem.output + ((b * problem.q_len + row) * problem.num_heads + head) * problem.head_dim;
         for (int64_t d = 0; d < problem.head_dim; ++d) {
@@ -157,30 +196,33 @@ void check_output(const Problem& problem, const std::string& what) {
   }
 }
 
-void run_on_threads(const Problem& problem, const Kernels& kernels, int count) {
-  const Schedule schedule = schedule_for(problem);
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t task = next++; task < schedule.tasks; task = next++) {
-      if (!run_task(problem, schedule, kernels, task)) fail("out of memory");
-    }
-  };
-  std::vector<std::thread> threads;
-  for (int t = 0; t < count; ++t) threads.emplace_back(work);
-  for (std::thread& thread : threads) thread.join();
+void run_on_threads(const Problem& problem, const SplitPattern& split, const Kernels& kernels, int count) {
+  const Plan plan(problem, split);
+  const bool enough_memory = run_plan(plan, kernels, [count](int64_t tasks, const std::function<void(int64_t)>& task) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+      for (int64_t n = next++; n < tasks; n = next++) task(n);
+    };
+    std::vector<std::thread> threads;
+    for (int t = 0; t < count; ++t) threads.emplace_back(work);
+    for (std::thread& thread : threads) thread.join();
+  });
+  if (!enough_memory) fail("out of memory");
 }
 
 void check_kernels(const std::string& text, bool causal, const std::vector<const Kernels*>& all_kernels,
                    Random& random) {
   Problem problem{};
-  parse_pattern(text, causal, problem.pattern);
+  Pattern pattern;
+  parse_pattern(text, causal, pattern);
+  const SplitPattern split = split_pattern(pattern);
   problem.batch = random.between(1, 2);
   problem.kv_len = random.between(1, 200);
   problem.q_len = random.between(0, 2) == 0 ? random.between(1, smaller(6, problem.kv_len))
                                             : random.between(1, static_cast<int>(problem.kv_len));
   problem.kv_num_heads = random.between(1, 3);
   problem.num_heads = problem.kv_num_heads * random.between(1, 5);
-  problem.head_dim = 8 * random.between(1, 32);
+  problem.head_dim = random.between(0, 1) == 0 ? 8 * random.between(1, 32) : random.between(1, 70);
   problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
 
   const size_t rows = problem.batch * problem.q_len * problem.num_heads;
@@ -196,20 +238,24 @@ void check_kernels(const std::string& text, bool causal, const std::vector<const
   const int masked_percent = random.between(0, 3) * 33;
   for (int64_t j = 0; j < problem.batch * problem.kv_len; ++j) mask[j] = random.between(0, 99) >= masked_percent;
   if (random.between(0, 1) == 0) problem.key_mask = mask.get();
-  std::vector<AttendableKeys> attendable;
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    const uint8_t* row = problem.key_mask == nullptr ? nullptr : problem.key_mask + b * problem.kv_len;
-    attendable.push_back(attendable_keys(row, static_cast<Position>(problem.kv_len)));
-  }
-  problem.attendable_keys = attendable.data();
+  const auto marks = std::make_unique<uint8_t[]>(problem.batch * problem.kv_len);
+  const int marked_percent = random.between(0, 3) * 10;
+  for (int64_t j = 0; j < problem.batch * problem.kv_len; ++j) marks[j] = random.between(0, 99) < marked_percent;
+  if (random.between(0, 3) != 0) problem.marks = marks.get();
+  problem.bias_reach = random.between(0, 100);
+  const auto bias = random_tensor(problem.num_heads * (2 * problem.bias_reach + 1), random);
+  if (random.between(0, 2) == 0) problem.distance_bias = bias.get();
+  const auto slope = random_tensor(problem.num_heads, random);
+  for (int64_t head = 0; head < problem.num_heads; ++head) slope[head] *= 0.05f;
+  if (random.between(0, 2) == 0) problem.distance_slope = slope.get();
 
   for (const Kernels* kernels : all_kernels) {
     const auto output = std::make_unique<float[]>(rows * problem.head_dim);
     const auto log_sum_exp = std::make_unique<float[]>(rows);
     problem.output = output.get();
     problem.log_sum_exp = log_sum_exp.get();
-    run_on_threads(problem, *kernels, random.between(1, 3));
-    check_output(problem, std::string(kernels->name) + " " + text + (causal ? " causal" : ""));
+    run_on_threads(problem, split, *kernels, random.between(1, 3));
+    check_output(problem, pattern, std::string(kernels->name) + " " + text + (causal ? " causal" : ""));
   }
 }
 
@@ -240,7 +286,7 @@ int main(int argc, char** argv) {
     check_kernels(text, causal, all_kernels, random);
   }
   // Whatever is written as a pattern is read or refused, never more.
-  const std::string alphabet = "local:sinkbde|0123456789 -";
+  const std::string alphabet = "local:sinkbde|0123456789 -+#";
   for (int round = 0; round < 20 * rounds; ++round) {
     std::string text = random_pattern(random);
     for (int n = random.between(0, 4); n > 0; --n) {

@@ -28,12 +28,21 @@ struct Range {
   Position end;
 };
 
-// Every form that a user can write is a union of these four kinds.
+// `count` positions first, first + step, ...
+struct Progression {
+  Position first;
+  Position step;
+  Position count;
+};
+
+// Every form that a user can write is a union of these kinds.
 enum class TermKind : int32_t {
   kBand,          // -left <= j - i <= right, and j - i is a multiple of step (local, dilated, strided, dense)
   kBlocks,        // |i / block - j / block| <= reach
+  kRandom,        // j / kRandomBlock is one of `count` blocks drawn for i / kRandomBlock
   kFirstKeys,     // j < count (sinks; one half of global)
   kFirstQueries,  // i < count (the other half of global)
+  kMarked,        // i or j is marked (tokens that are global wherever they stand)
 };
 
 struct Term {
@@ -43,16 +52,23 @@ struct Term {
   Position step;   // kBand
   Position block;  // kBlocks
   Position reach;  // kBlocks
-  Position count;  // kFirstKeys, kFirstQueries
+  Position count;  // kRandom, kFirstKeys, kFirstQueries
+  int32_t seed;    // kRandom, below kRandomPrime
 };
 
-constexpr int kMaxTerms = 16;
+constexpr int kMaxTerms = 64;
 
 // A union of terms, restricted by causality (j <= i). Positions run over [0, length).
 struct Pattern {
   Term terms[kMaxTerms];
   int32_t term_count;
   bool causal;
+};
+
+// What a rule may look at besides the two positions.
+struct Scope {
+  Position length;       // number of keys, which kRandom draws from
+  const uint8_t* marks;  // [length], nonzero where a token is marked; null: none is
 };
 
 EFFC_HD Position smaller(Position a, Position b) {
@@ -71,7 +87,31 @@ EFFC_HD Range clip(Range range, Range bounds) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The definition.
 
-EFFC_HD bool visible(const Term& term, Position i, Position j) {
+constexpr Position kRandomBlock = 64;
+constexpr int64_t kRandomPrime = 2147483647;
+
+// The `number`-th key block that a query block sees: a counter-based hash, the same on every machine. Causal patterns
+// draw from what lies before.
+EFFC_HD Position random_block(const Term& term, Position query_block, Position number, bool causal, Position length) {
+  const int64_t among = causal ? int64_t{query_block} + 1 : (int64_t{length} + kRandomBlock - 1) / kRandomBlock;
+  int64_t state =
+      (int64_t{term.seed} * 7919 + int64_t{query_block} * 104729 + int64_t{number} * 1299709 + 1) % kRandomPrime;
+  for (int round = 0; round < 3; ++round) state = (state * state + 48271) % kRandomPrime;
+  return static_cast<Position>(state % among);
+}
+
+EFFC_HD bool draws_block(const Term& term, Position query_block, Position key_block, bool causal, Position length) {
+  for (Position number = 0; number < term.count; ++number) {
+    if (random_block(term, query_block, number, causal, length) == key_block) return true;
+  }
+  return false;
+}
+
+EFFC_HD bool marked(const Scope& scope, Position position) {
+  return scope.marks != nullptr && scope.marks[position] != 0;
+}
+
+EFFC_HD bool visible(const Term& term, const Scope& scope, bool causal, Position i, Position j) {
   switch (term.kind) {
     case TermKind::kBand:
       return j - i >= -term.left && j - i <= term.right && (j - i) % term.step == 0;
@@ -79,18 +119,22 @@ EFFC_HD bool visible(const Term& term, Position i, Position j) {
       const Position distance = i / term.block - j / term.block;
       return distance >= -term.reach && distance <= term.reach;
     }
+    case TermKind::kRandom:
+      return draws_block(term, i / kRandomBlock, j / kRandomBlock, causal, scope.length);
     case TermKind::kFirstKeys:
       return j < term.count;
     case TermKind::kFirstQueries:
       return i < term.count;
+    case TermKind::kMarked:
+      return marked(scope, i) || marked(scope, j);
   }
   return false;
 }
 
-EFFC_HD bool visible(const Pattern& pattern, Position i, Position j) {
+EFFC_HD bool visible(const Pattern& pattern, const Scope& scope, Position i, Position j) {
   if (pattern.causal && j > i) return false;
   for (int t = 0; t < pattern.term_count; ++t) {
-    if (visible(pattern.terms[t], i, j)) return true;
+    if (visible(pattern.terms[t], scope, pattern.causal, i, j)) return true;
   }
   return false;
 }
@@ -99,9 +143,13 @@ EFFC_HD bool visible(const Pattern& pattern, Position i, Position j) {
 // The same rules for whole ranges, which is what makes a pattern cheap. All follow from `visible`; the self-test
 // compares them with it exhaustively.
 
-// The smallest range that holds every key some query of `queries` sees. `bounds` are the keys that exist.
-EFFC_HD Range keys_seen(const Term& term, Range queries, Range bounds) {
+// The first range of keys at or after `from` that some query of `queries` sees. It holds nothing that no query sees,
+// apart from the steps of a band and the causal half, and it may touch the range that comes after it.
+// `bounds` are the keys that exist. Marked tokens are everywhere, so kMarked gives all keys.
+EFFC_HD Range next_keys_seen(const Term& term, const Scope& scope, bool causal, Range queries, Position from,
+                             Range bounds) {
   const Position last_query = queries.end - 1;
+  bounds.begin = larger(bounds.begin, from);
   switch (term.kind) {
     case TermKind::kBand:
       return clip({queries.begin - term.left, last_query + term.right + 1}, bounds);
@@ -109,31 +157,30 @@ EFFC_HD Range keys_seen(const Term& term, Range queries, Range bounds) {
       return clip({(queries.begin / term.block - term.reach) * term.block,
                    (last_query / term.block + term.reach + 1) * term.block},
                   bounds);
+    case TermKind::kRandom: {
+      const Position first_block = bounds.begin / kRandomBlock;
+      Position nearest = kMaxLength / kRandomBlock;
+      for (Position block = queries.begin / kRandomBlock; block <= last_query / kRandomBlock; ++block) {
+        for (Position number = 0; number < term.count; ++number) {
+          const Position drawn = random_block(term, block, number, causal, scope.length);
+          if (drawn >= first_block && drawn < nearest) nearest = drawn;
+        }
+      }
+      return clip({nearest * kRandomBlock, (nearest + 1) * kRandomBlock}, bounds);
+    }
     case TermKind::kFirstKeys:
       return clip({0, term.count}, bounds);
     case TermKind::kFirstQueries:
       return queries.begin < term.count ? bounds : Range{0, 0};
+    case TermKind::kMarked:
+      return scope.marks != nullptr ? bounds : Range{0, 0};
   }
   return {0, 0};
 }
 
-// The queries that see key `j`, apart from the step of a band: always one range.
-EFFC_HD Range queries_seeing(const Term& term, Position j) {
-  switch (term.kind) {
-    case TermKind::kBand:
-      return {j - term.right, j + term.left + 1};
-    case TermKind::kBlocks:
-      return {(j / term.block - term.reach) * term.block, (j / term.block + term.reach + 1) * term.block};
-    case TermKind::kFirstKeys:
-      return j < term.count ? Range{0, kMaxLength} : Range{0, 0};
-    case TermKind::kFirstQueries:
-      return {0, term.count};
-  }
-  return {0, 0};
-}
-
-// True if every query of `queries` sees every key of `keys` through this term alone.
-EFFC_HD bool sees_all(const Term& term, Range queries, Range keys) {
+// True if every query of `queries` sees every key of `keys` through this term alone. May be false although it is so
+// for kRandom and kMarked.
+EFFC_HD bool sees_all(const Term& term, const Scope& scope, bool causal, Range queries, Range keys) {
   const Position last_query = queries.end - 1;
   const Position last_key = keys.end - 1;
   switch (term.kind) {
@@ -142,87 +189,128 @@ EFFC_HD bool sees_all(const Term& term, Range queries, Range keys) {
     case TermKind::kBlocks:
       return last_key / term.block - queries.begin / term.block <= term.reach &&
              last_query / term.block - keys.begin / term.block <= term.reach;
+    case TermKind::kRandom:
+      return queries.begin / kRandomBlock == last_query / kRandomBlock &&
+             keys.begin / kRandomBlock == last_key / kRandomBlock &&
+             draws_block(term, queries.begin / kRandomBlock, keys.begin / kRandomBlock, causal, scope.length);
     case TermKind::kFirstKeys:
       return keys.end <= term.count;
     case TermKind::kFirstQueries:
       return queries.end <= term.count;
+    case TermKind::kMarked:
+      return false;
   }
   return false;
 }
 
 // True only if the whole tile is visible. A tile that several terms cover together counts as partial, which is
 // correct and merely slower.
-EFFC_HD bool sees_all(const Pattern& pattern, Range queries, Range keys) {
+EFFC_HD bool sees_all(const Pattern& pattern, const Scope& scope, Range queries, Range keys) {
   if (pattern.causal && keys.end - 1 > queries.begin) return false;
   for (int t = 0; t < pattern.term_count; ++t) {
-    if (sees_all(pattern.terms[t], queries, keys)) return true;
+    if (sees_all(pattern.terms[t], scope, pattern.causal, queries, keys)) return true;
   }
   return false;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The predicate for up to 64 queries at once: bit r says whether query first_query + r sees key j.
+// The predicate for up to 64 queries at once.
 
 EFFC_HD uint64_t low_bits(Position count) {
   return count <= 0 ? 0 : (count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1);
 }
 
-EFFC_HD uint64_t visible_queries(const Pattern& pattern, Position first_query, Position query_count, Position j) {
+// How many of the progression's positions are below `end`; not clipped to its count.
+EFFC_HD Position steps_below(const Progression& progression, Position end) {
+  const Position distance = end - progression.first;
+  if (progression.step == 1 || distance <= 0) return distance;
+  return (distance + progression.step - 1) / progression.step;
+}
+
+// Bit r says whether the r-th query lies in `range`.
+EFFC_HD uint64_t queries_in(const Progression& queries, Range range) {
+  return low_bits(smaller(steps_below(queries, range.end), queries.count)) &
+         ~low_bits(steps_below(queries, range.begin));
+}
+
+// Bit r says whether the r-th query sees key `j` through a band.
+EFFC_HD uint64_t band_queries(const Term& term, const Progression& queries, Position j) {
+  const Range range = {j - term.right, j + term.left + 1};
+  if (term.step == 1) return queries_in(queries, range);
+  if (queries.step % term.step == 0) {
+    return (queries.first - j) % term.step == 0 ? queries_in(queries, range) : 0;
+  }
   uint64_t bits = 0;
+  for (Position r = larger(steps_below(queries, range.begin), 0); r < queries.count; ++r) {
+    const Position i = queries.first + r * queries.step;
+    if (i >= range.end) break;
+    if ((i - j) % term.step == 0) bits |= uint64_t{1} << r;
+  }
+  return bits;
+}
+
+// Bit r says whether the block of the r-th query draws `key_block`.
+EFFC_HD uint64_t drawing_queries(const Term& term, const Scope& scope, bool causal, const Progression& queries,
+                                 Position key_block) {
+  uint64_t bits = 0;
+  for (Position r = 0; r < queries.count;) {
+    const Position block = (queries.first + r * queries.step) / kRandomBlock;
+    const Position end = smaller(steps_below(queries, (block + 1) * kRandomBlock), queries.count);
+    if (draws_block(term, block, key_block, causal, scope.length)) bits |= low_bits(end) & ~low_bits(r);
+    r = end;
+  }
+  return bits;
+}
+
+// Bit r of seen[n] becomes: query r of `queries` (at most 64) sees key n of `keys`.
+EFFC_HD void visible_queries(const Pattern& pattern, const Scope& scope, const Progression& queries,
+                             const Progression& keys, uint64_t* seen) {
+  for (Position n = 0; n < keys.count; ++n) seen[n] = 0;
   for (int t = 0; t < pattern.term_count; ++t) {
     const Term& term = pattern.terms[t];
-    const Range seeing = queries_seeing(term, j);
-    const Position begin = larger(seeing.begin - first_query, 0);
-    const Position end = smaller(seeing.end - first_query, query_count);
-    if (end <= begin) continue;
-    if (term.kind == TermKind::kBand && term.step > 1) {
-      // The first query at or after `begin` whose distance to j is a multiple of the step.
-      const Position distance = (first_query + begin - j) % term.step;
-      const Position missing = distance == 0 ? 0 : (distance > 0 ? term.step - distance : -distance);
-      for (Position r = begin + missing; r < end; r += term.step) bits |= uint64_t{1} << r;
-    } else {
-      bits |= low_bits(end) & ~low_bits(begin);
+    Position drawn_for = -1;  // key block of `drawing`
+    uint64_t drawing = 0;
+    uint64_t marked_queries = 0;
+    if (term.kind == TermKind::kMarked) {
+      for (Position r = 0; r < queries.count; ++r) {
+        if (marked(scope, queries.first + r * queries.step)) marked_queries |= uint64_t{1} << r;
+      }
+    }
+    for (Position n = 0; n < keys.count; ++n) {
+      const Position j = keys.first + n * keys.step;
+      switch (term.kind) {
+        case TermKind::kBand:
+          seen[n] |= band_queries(term, queries, j);
+          break;
+        case TermKind::kBlocks:
+          seen[n] |= queries_in(
+              queries, {(j / term.block - term.reach) * term.block, (j / term.block + term.reach + 1) * term.block});
+          break;
+        case TermKind::kRandom:
+          if (j / kRandomBlock != drawn_for) {
+            drawn_for = j / kRandomBlock;
+            drawing = drawing_queries(term, scope, pattern.causal, queries, drawn_for);
+          }
+          seen[n] |= drawing;
+          break;
+        case TermKind::kFirstKeys:
+          seen[n] |= j < term.count ? low_bits(queries.count) : 0;
+          break;
+        case TermKind::kFirstQueries:
+          seen[n] |= queries_in(queries, {0, term.count});
+          break;
+        case TermKind::kMarked:
+          seen[n] |= marked(scope, j) ? low_bits(queries.count) : marked_queries;
+          break;
+      }
     }
   }
-  if (pattern.causal) bits &= ~low_bits(j - first_query);
-  return bits;
+  if (!pattern.causal) return;
+  for (Position n = 0; n < keys.count; ++n) seen[n] &= ~low_bits(steps_below(queries, keys.first + n * keys.step));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The iterator: for a tile of queries, the key tiles that are fully visible and those that need the predicate.
-
-// The keys that a tile of queries sees, as sorted ranges that do not touch each other.
-struct KeyRanges {
-  Range ranges[kMaxTerms];
-  int32_t count;
-};
-
-EFFC_HD KeyRanges key_ranges(const Pattern& pattern, Range queries, Range bounds) {
-  if (pattern.causal) bounds.end = smaller(bounds.end, queries.end);
-  KeyRanges result;
-  result.count = 0;
-  for (int t = 0; t < pattern.term_count; ++t) {
-    Range added = keys_seen(pattern.terms[t], queries, bounds);
-    if (is_empty(added)) continue;
-    // Insert, swallowing every earlier range that overlaps or touches.
-    int kept = 0;
-    for (int r = 0; r < result.count; ++r) {
-      const Range range = result.ranges[r];
-      if (range.end < added.begin || added.end < range.begin) {
-        result.ranges[kept++] = range;
-      } else {
-        added = {smaller(added.begin, range.begin), larger(added.end, range.end)};
-      }
-    }
-    int place = kept;
-    for (; place > 0 && result.ranges[place - 1].begin > added.begin; --place) {
-      result.ranges[place] = result.ranges[place - 1];
-    }
-    result.ranges[place] = added;
-    result.count = kept + 1;
-  }
-  return result;
-}
 
 struct KeyTile {
   Range keys;
@@ -230,34 +318,50 @@ struct KeyTile {
 };
 
 struct KeyTileIterator {
-  KeyRanges ranges;
   Range queries;
+  Range left;  // keys that are still to be looked at
   Position tile_size;
-  int32_t range;      // the range that the next tile comes from
-  Position next_key;  // where in it
+  Position seen_until;  // keys before this are known to be seen
 };
 
 EFFC_HD KeyTileIterator key_tiles(const Pattern& pattern, Range queries, Range bounds, Position tile_size) {
-  KeyTileIterator iterator;
-  iterator.ranges = key_ranges(pattern, queries, bounds);
-  iterator.queries = queries;
-  iterator.tile_size = tile_size;
-  iterator.range = 0;
-  iterator.next_key = iterator.ranges.count > 0 ? iterator.ranges.ranges[0].begin : 0;
-  return iterator;
+  if (pattern.causal) bounds.end = smaller(bounds.end, queries.end);
+  return {queries, bounds, tile_size, bounds.begin};
+}
+
+// The first range of keys that some query sees, as long as it needs to be for the next tile.
+EFFC_HD Range next_range(const KeyTileIterator& iterator, const Pattern& pattern, const Scope& scope) {
+  const Range left = iterator.left;
+  Range found = {left.end, left.end};
+  if (iterator.seen_until > left.begin) {
+    found = {left.begin, iterator.seen_until};
+  } else {
+    for (int t = 0; t < pattern.term_count; ++t) {
+      const Range seen = next_keys_seen(pattern.terms[t], scope, pattern.causal, iterator.queries, left.begin, left);
+      if (!is_empty(seen) && seen.begin < found.begin) found = seen;
+    }
+  }
+  for (bool grown = true; grown && !is_empty(found) && found.end - found.begin < iterator.tile_size;) {
+    grown = false;
+    for (int t = 0; t < pattern.term_count; ++t) {
+      const Range seen = next_keys_seen(pattern.terms[t], scope, pattern.causal, iterator.queries, found.end, left);
+      if (!is_empty(seen) && seen.begin == found.end) {
+        found.end = seen.end;
+        grown = true;
+      }
+    }
+  }
+  return found;
 }
 
 // Writes the next tile and returns true, or returns false at the end.
-EFFC_HD bool next_tile(KeyTileIterator& iterator, const Pattern& pattern, KeyTile& tile) {
-  if (iterator.range == iterator.ranges.count) return false;
-  const Range range = iterator.ranges.ranges[iterator.range];
-  tile.keys = {iterator.next_key, smaller(range.end, iterator.next_key + iterator.tile_size)};
-  tile.full = sees_all(pattern, iterator.queries, tile.keys);
-  if (tile.keys.end < range.end) {
-    iterator.next_key = tile.keys.end;
-  } else if (++iterator.range < iterator.ranges.count) {
-    iterator.next_key = iterator.ranges.ranges[iterator.range].begin;
-  }
+EFFC_HD bool next_tile(KeyTileIterator& iterator, const Pattern& pattern, const Scope& scope, KeyTile& tile) {
+  const Range range = next_range(iterator, pattern, scope);
+  if (is_empty(range)) return false;
+  tile.keys = {range.begin, smaller(range.end, range.begin + iterator.tile_size)};
+  tile.full = sees_all(pattern, scope, iterator.queries, tile.keys);
+  iterator.left.begin = tile.keys.end;
+  iterator.seen_until = range.end;
   return true;
 }
 

@@ -1,10 +1,11 @@
 """A float64 reference of effc::SparseAttention and a way to run the operator, for the tests in this directory.
 
-The reference is written from the patterns' definitions, pair by pair, and shares no code with the kernels or with effc.
+What is visible comes from effc's own definition of the patterns, so that the kernels are held to that one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from effc.plugins.forms.registry import parse_pattern
+
 Array = NDArray[np.float32]
-
-
-def visible(pattern: str, causal: bool, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True where query position ``i`` sees key position ``j``."""
-    result = np.zeros(np.broadcast_shapes(i.shape, j.shape), dtype=bool)
-    for term in pattern.split("|"):
-        name, *texts = term.split(":")
-        p = [int(text) for text in texts]
-        if name == "dense":
-            result |= True
-        elif name == "local" and len(p) == 1:
-            result |= (j <= i) & (i - j < p[0]) if causal else abs(i - j) <= p[0] // 2
-        elif name == "local":
-            result |= (j >= i - p[0]) & (j <= i + p[1])
-        elif name == "dilated":
-            inside = (i - j >= 0) & (i - j < p[0] * p[1]) if causal else abs(i - j) <= p[0] // 2 * p[1]
-            result |= inside & ((i - j) % p[1] == 0)
-        elif name == "block":
-            result |= abs(i // p[0] - j // p[0]) <= (p[1] if len(p) == 2 else 0)
-        elif name == "strided":
-            result |= (i - j) % p[0] == 0
-        elif name == "global":
-            result |= (j < p[0]) | (i < p[0])
-        elif name == "sinks":
-            result |= j < p[0] + 0 * i
-        else:
-            raise ValueError(term)
-    return result & (j <= i) if causal else result
+OPTIONAL = ("key_mask", "marks", "distance_bias", "distance_slope")
 
 
 @dataclass(frozen=True)
@@ -60,6 +36,9 @@ class Case:
     head_dim: int = 32
     scale: float | None = None
     key_mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    marks: NDArray[np.bool_] | None = field(default=None, repr=False)
+    bias_reach: int | None = None
+    sloped: bool = False
     seed: int = 0
 
     @property
@@ -87,6 +66,13 @@ class Case:
         }
         if self.key_mask is not None:
             feeds["key_mask"] = self.key_mask
+        if self.marks is not None:
+            feeds["marks"] = self.marks
+        if self.bias_reach is not None:
+            table = rng.standard_normal((self.num_heads, 2 * self.bias_reach + 1))
+            feeds["distance_bias"] = table.astype(np.float32)
+        if self.sloped:
+            feeds["distance_slope"] = (rng.random(self.num_heads) * 0.1).astype(np.float32)
         return feeds
 
     def attributes(self) -> dict[str, Any]:
@@ -109,11 +95,18 @@ def reference(case: Case) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return split.repeat(case.num_heads // count, axis=1)
 
     query, key, value = heads("query", case.num_heads), heads("key", case.kv_heads), heads("value", case.kv_heads)
-    i = np.arange(case.keys - case.q_len, case.keys)[:, None]
-    seen = visible(case.pattern, case.causal, i, np.arange(case.keys)[None, :])[None, None]
+    seen = parse_pattern(case.pattern).mask(case.q_len, case.keys, case.causal, case.marks)
+    seen = seen[None, None] if seen.ndim == 2 else seen[:, None]
     if case.key_mask is not None:
         seen = seen & case.key_mask[:, None, None, :]
-    scores = np.where(seen, query @ key.transpose(0, 1, 3, 2) * case.used_scale, -np.inf)
+    distance = np.arange(case.keys)[None, :] - np.arange(case.keys - case.q_len, case.keys)[:, None]
+    scores = query @ key.transpose(0, 1, 3, 2) * case.used_scale
+    if case.bias_reach is not None:
+        table = feeds["distance_bias"].astype(np.float64)
+        scores = scores + table[:, distance.clip(-case.bias_reach, case.bias_reach) + case.bias_reach]
+    if case.sloped:
+        scores = scores + feeds["distance_slope"].astype(np.float64)[:, None, None] * distance
+    scores = np.where(seen, scores, -np.inf)
     largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     largest = np.where(np.isfinite(largest), largest, 0.0)
     weights = np.exp(scores - largest)
@@ -124,21 +117,22 @@ def reference(case: Case) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return output.transpose(0, 2, 1, 3).reshape(case.batch, case.q_len, -1), log_sum_exp
 
 
-def model(attributes: dict[str, Any], key_mask: bool, log_sum_exp: bool = False) -> bytes:
-    """A model of one effc::SparseAttention node whose dimensions are all dynamic."""
+def model(attributes: dict[str, Any], given: Collection[str] = (), log_sum_exp: bool = False) -> bytes:
+    """A model of one effc::SparseAttention node whose dimensions are all dynamic; ``given`` optional inputs."""
 
-    def tensor(name: str, kind: int = TensorProto.FLOAT, rank: int = 3) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, [None] * rank)
+    def tensor(name: str, kind: int = TensorProto.FLOAT, rank: int | None = 3) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, None if rank is None else [None] * rank)
 
+    kinds = {"key_mask": TensorProto.BOOL, "marks": TensorProto.BOOL}
     inputs = [tensor("query"), tensor("key"), tensor("value")]
+    inputs += [tensor(name, kinds.get(name, TensorProto.FLOAT), None) for name in OPTIONAL if name in given]
     outputs = [tensor("output")]
-    if key_mask:
-        inputs.append(tensor("key_mask", TensorProto.BOOL, 2))
     if log_sum_exp:
         outputs.append(tensor("log_sum_exp"))
-    node = helper.make_node(
-        "SparseAttention", [x.name for x in inputs], [x.name for x in outputs], domain="effc", **attributes
-    )
+    names = ["query", "key", "value", *(name if name in given else "" for name in OPTIONAL)]
+    while not names[-1]:
+        names.pop()
+    node = helper.make_node("SparseAttention", names, [x.name for x in outputs], domain="effc", **attributes)
     graph = helper.make_graph([node], "attention", inputs, outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("effc", 1)]
     proto: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -157,8 +151,8 @@ def session(library: Path, proto: bytes, threads: int = 2) -> onnxruntime.Infere
 
 def run(library: Path, case: Case, log_sum_exp: bool = False) -> list[Array]:
     """Run one case through ONNX Runtime."""
-    proto = model(case.attributes(), case.key_mask is not None, log_sum_exp)
-    outputs: list[Array] = session(library, proto).run(None, case.inputs())
+    feeds = case.inputs()
+    outputs: list[Array] = session(library, model(case.attributes(), feeds, log_sum_exp)).run(None, feeds)
     return outputs
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from native_cases import Case, model, session
@@ -15,20 +16,22 @@ from native_cases import Case, model, session
 def refuse_at_load(library: Path, message: str, **changes: object) -> None:
     attributes = {key: value for key, value in {**Case().attributes(), **changes}.items() if value is not None}
     with pytest.raises(Exception, match=message):
-        session(library, model(attributes, False))
+        session(library, model(attributes))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pattern": "loocal:3"}, "'loocal:3' is not an attention pattern.*Known forms: dense, local:W"),
-        ({"pattern": "local:32|random:8"}, "'random:8' is not an attention pattern"),
+        ({"pattern": "local:32|topk:8"}, "'topk:8' is not an attention pattern"),
+        ({"pattern": "global:CLS"}, "'CLS' in the pattern term 'global:CLS' is not a whole number"),
+        ({"pattern": "global:cls+"}, "'cls.' in the pattern term"),
         ({"pattern": "local:x"}, "'x' in the pattern term 'local:x' is not a whole number"),
         ({"pattern": "local:-4"}, "'-4' in the pattern term 'local:-4' is not a whole number"),
         ({"pattern": "local:0"}, "'local:0' is not an attention pattern"),
         ({"pattern": "dilated:3"}, "'dilated:3' is not an attention pattern"),
         ({"pattern": ""}, "is not an attention pattern"),
-        ({"pattern": "|".join(["sinks:1"] * 17)}, "more than 16 terms"),
+        ({"pattern": "|".join(["sinks:1"] * 65)}, "more than 64 terms"),
         ({"pattern": None}, "attribute 'pattern' .* is missing"),
         ({"causal": 2}, "'causal' is 2. Set it to 0 or 1"),
         ({"num_heads": 0}, "'num_heads' must be a whole number of at least 1"),
@@ -45,7 +48,7 @@ def test_attributes(library: Path, changes: dict[str, object], message: str) -> 
 def test_huge_parameters_mean_everything(library: Path) -> None:
     for pattern in ("local:99999999999999", "block:7:999999999999", "dilated:999999999:99999", "sinks:536870912"):
         case = Case(pattern=pattern)
-        session(library, model(case.attributes(), False)).run(None, case.inputs())
+        session(library, model(case.attributes())).run(None, case.inputs())
 
 
 @pytest.mark.parametrize(
@@ -53,17 +56,24 @@ def test_huge_parameters_mean_everything(library: Path) -> None:
     [
         ({"query": (1, 64, 63)}, "must be a multiple of num_heads"),
         (
-            {"query": (1, 64, 8), "key": (1, 64, 8), "value": (1, 64, 8)},
-            "head_dim is 4; .* multiple of 8 .*EFFC_NATIVE=0",
+            {"query": (1, 64, 1026), "key": (1, 64, 1026), "value": (1, 64, 1026)},
+            "head_dim is 513; .* 1 to 512.*EFFC_NATIVE=0",
         ),
-        ({"query": (1, 64, 1024), "key": (1, 64, 1024), "value": (1, 64, 1024)}, "head_dim is 512"),
         ({"query": (1, 64, 0), "key": (1, 64, 0), "value": (1, 64, 0)}, "head_dim is 0"),
         ({"query": (2, 64, 64)}, "query has batch 2 and key 1"),
         ({"key": (1, 64, 32)}, "the last dimension of key is 32; .* must be 64"),
         ({"value": (1, 63, 64)}, "value has shape .* they must be equal"),
-        ({"query": (1, 65, 64)}, "65 queries and 64 keys"),
         ({"key_mask": (1, 63)}, "key_mask has shape .* it must be .* = .1, 64."),
         ({"key_mask": (2, 64)}, "key_mask has shape"),
+        ({"key_mask": (64,)}, "key_mask has shape"),
+        ({"marks": (1, 65)}, "marks has shape .* it must be .* = .1, 64."),
+        ({"marks": (64,)}, "marks has shape"),
+        ({"distance_bias": (2, 4)}, "distance_bias has shape .*2, 4.*must be .num_heads, 2 . reach . 1. with 2 heads"),
+        ({"distance_bias": (3, 5)}, "distance_bias has shape"),
+        ({"distance_bias": (2, 0)}, "distance_bias has shape"),
+        ({"distance_bias": (10,)}, "distance_bias has shape"),
+        ({"distance_slope": (3,)}, "distance_slope has shape .3.; it must be .num_heads. = .2."),
+        ({"distance_slope": (2, 1)}, "distance_slope has shape"),
     ],
 )
 def test_shapes(library: Path, shapes: dict[str, tuple[int, ...]], message: str) -> None:
@@ -71,10 +81,32 @@ def test_shapes(library: Path, shapes: dict[str, tuple[int, ...]], message: str)
     feeds: dict[str, Any] = {
         name: np.zeros(shapes.get(name, (1, 64, 64)), np.float32) for name in ("query", "key", "value")
     }
-    if "key_mask" in shapes:
-        feeds["key_mask"] = np.ones(shapes["key_mask"], bool)
+    for name, shape in shapes.items():
+        if name not in feeds:
+            feeds[name] = np.ones(shape, np.float32 if name.startswith("distance") else bool)
     with pytest.raises(Exception, match=message):
-        session(library, model(case.attributes(), "key_mask" in shapes)).run(None, feeds)
+        session(library, model(case.attributes(), feeds)).run(None, feeds)
+
+
+@pytest.mark.parametrize("pattern", ["block:8", "random:2:0", "strided:3", "local:8|global:cls"])
+def test_queries_beyond_the_first_key(library: Path, pattern: str) -> None:
+    case = Case(pattern, q_len=65, kv_len=64)
+    with pytest.raises(Exception, match="65 queries and 64 keys"):
+        session(library, model(case.attributes())).run(None, case.inputs())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("query", np.float64), ("key_mask", np.float32), ("marks", np.int64), ("distance_bias", np.float16)],
+)
+def test_types(library: Path, name: str, kind: type) -> None:
+    """The runtime compares types when it loads a model and names the input."""
+    proto = onnx.load_from_string(model(Case().attributes(), ["key_mask", "marks", "distance_bias"]))
+    for value in proto.graph.input:
+        if value.name == name:
+            value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    with pytest.raises(Exception, match=f"Type Error.*{name}|{name}.*invalid"):
+        session(library, proto.SerializeToString())
 
 
 def test_unknown_isa(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

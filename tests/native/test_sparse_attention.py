@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_cases import Case, check, model, reference, run, session
 
+from effc.plugins.forms.registry import parse_pattern
+
 WINDOW = 32
 PATTERNS = [
     "local:32",
@@ -26,6 +28,13 @@ PATTERNS = [
     "local:16|sinks:4",
     "local:16|global:8|block:32",
     "dilated:5:16|strided:100|sinks:2",
+    "dilated:5:16|local:9|global:2",
+    "random:2:7",
+    "random:40:123456789012345678901",
+    "block:64:1|random:1:3|global:64",
+    "block:16:1|dilated:16:4|global:1",
+    "strided:7|global:3",
+    "global:#101+cls",
 ]
 
 
@@ -58,6 +67,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns(library: Path, isa: str, pattern: str, causal: bool) -> None:
     check(library, Case(pattern=pattern, causal=causal, q_len=150, batch=2))
+    check(library, Case(pattern=pattern, causal=causal, q_len=70, kv_len=200, batch=2, num_heads=4, kv_num_heads=2))
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
@@ -66,7 +76,7 @@ def test_lengths(library: Path, isa: str, length: int, causal: bool) -> None:
     check(library, Case(pattern=f"local:{WINDOW}", causal=causal, q_len=length))
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 200, 256])
+@pytest.mark.parametrize("head_dim", [1, 4, 7, 8, 16, 20, 24, 32, 40, 64, 72, 80, 96, 128, 200, 256, 512])
 def test_head_dims(library: Path, isa: str, head_dim: int) -> None:
     check(library, Case(head_dim=head_dim, q_len=70))
     check(library, Case(head_dim=head_dim, q_len=1, kv_len=70, causal=True))
@@ -142,7 +152,7 @@ def test_masked_keys_may_hold_anything_finite(library: Path, isa: str) -> None:
     feeds = case.inputs()
     feeds["key"][0, 40:] = 1e30
     feeds["value"][0, 40:] = -1e30
-    output = session(library, model(case.attributes(), True)).run(None, feeds)[0]
+    output = session(library, model(case.attributes(), ["key_mask"])).run(None, feeds)[0]
     np.testing.assert_allclose(output, reference(case)[0], atol=5e-6)
 
 
@@ -151,7 +161,7 @@ def test_not_a_number_is_not_hidden(library: Path, isa: str, q_len: int) -> None
     case = Case(q_len=q_len, kv_len=64)
     feeds = case.inputs()
     feeds["query"][0, 0, 0] = np.nan
-    output = session(library, model(case.attributes(), False)).run(None, feeds)[0]
+    output = session(library, model(case.attributes())).run(None, feeds)[0]
     assert np.isnan(output[0, 0, :32]).all(), "the row and head that hold it"
     assert np.isfinite(output[0, 0, 32:]).all() and np.isfinite(output[0, 1:]).all(), "and no other"
 
@@ -162,14 +172,63 @@ def test_empty_batch(library: Path) -> None:
 
 def test_every_thread_count_gives_the_same_numbers(library: Path) -> None:
     case = Case("local:32|global:4", q_len=1000, num_heads=4, head_dim=64)
-    proto, feeds = model(case.attributes(), False), case.inputs()
+    proto, feeds = model(case.attributes()), case.inputs()
     one, many = (session(library, proto, threads).run(None, feeds)[0] for threads in (1, 5))
     np.testing.assert_array_equal(one, many)
 
 
 def test_output_shape_is_inferred(library: Path) -> None:
-    outputs = session(library, model(Case().attributes(), False)).get_outputs()
+    outputs = session(library, model(Case().attributes())).get_outputs()
     assert len(outputs[0].shape) == 3
+
+
+def marks_of(kind: str, batch: int, keys: int) -> np.ndarray:
+    rng = np.random.default_rng(keys)
+    marks = np.zeros((batch, keys), dtype=bool)
+    if kind == "few":
+        marks[np.arange(batch), rng.integers(0, keys, batch)] = True
+        marks[0, keys // 2] = True
+    elif kind == "many":
+        marks = rng.random((batch, keys)) < 0.3
+    elif kind == "every":
+        marks[:] = True
+    return marks
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("kind", ["none", "few", "many"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["global:sep", "global:cls+#7|local:16", "strided:7|global:cls|sinks:2", "block:8|dilated:9:3|global:sep"],
+)
+@pytest.mark.parametrize("q_len", [3, 180])
+def test_marked_tokens(library: Path, isa: str, pattern: str, kind: str, q_len: int, causal: bool) -> None:
+    mask = np.random.default_rng(3).random((2, 180)) < 0.8
+    marks = marks_of(kind, 2, 180)
+    case = Case(pattern, causal, 2, q_len, 180, num_heads=4, kv_num_heads=2, key_mask=mask, marks=marks)
+    output, log_sum_exp = run(library, case, log_sum_exp=True)
+    expected_output, expected = reference(case)
+    np.testing.assert_allclose(output, expected_output, atol=5e-6)
+    np.testing.assert_allclose(log_sum_exp, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("pattern", ["dense", "local:40", "dilated:9:4", "local:16|global:2", "local:16|global:sep"])
+@pytest.mark.parametrize("bias_reach", [None, 0, 40])
+@pytest.mark.parametrize("q_len", [1, 150])
+def test_distance_biases(
+    library: Path, isa: str, pattern: str, bias_reach: int | None, q_len: int, causal: bool
+) -> None:
+    sloped = bias_reach is None or bias_reach == 40
+    marks = marks_of("few", 2, 150) if "sep" in pattern else None
+    case = Case(pattern, causal, 2, q_len, 150, 4, 2, marks=marks, bias_reach=bias_reach, sloped=sloped)
+    check(library, case)
+
+
+@pytest.mark.parametrize("pattern", ["dense", "local:9", "local:8|sinks:2"])
+def test_more_queries_than_keys(library: Path, isa: str, pattern: str) -> None:
+    for keys in (1, 30, 100):
+        check(library, Case(pattern, False, 2, 170, keys))
 
 
 terms = st.one_of(
@@ -179,36 +238,42 @@ terms = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 40)).map(lambda p: f"dilated:{p[0]}:{p[1]}"),
     st.tuples(st.integers(1, 70), st.integers(0, 3)).map(lambda p: f"block:{p[0]}:{p[1]}"),
     st.integers(1, 90).map("strided:{}".format),
-    st.integers(0, 70).map("global:{}".format),
-    st.integers(0, 70).map("sinks:{}".format),
+    st.tuples(st.integers(1, 5), st.integers(0, 10**12)).map(lambda p: f"random:{p[0]}:{p[1]}"),
+    st.integers(1, 70).map("global:{}".format),
+    st.just("global:sep"),
+    st.integers(1, 70).map("sinks:{}".format),
 )
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     kv_num_heads = draw(st.integers(1, 3))
-    batch, keys = draw(st.integers(1, 2)), draw(st.integers(1, 300))
+    num_heads = kv_num_heads * draw(st.integers(1, 5))
+    batch, keys = draw(st.integers(1, 2)), draw(st.integers(1, 400))
     seed = draw(st.integers(0, 1000))
     mask = None
     if draw(st.booleans()):
         mask = np.random.default_rng(seed).random((batch, keys)) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
         mask[:, : draw(st.integers(0, keys))] = draw(st.booleans())
     return Case(
-        pattern="|".join(draw(st.lists(terms, min_size=1, max_size=4))),
+        pattern=str(parse_pattern("|".join(draw(st.lists(terms, min_size=1, max_size=4))))),
         causal=draw(st.booleans()),
         batch=batch,
         q_len=draw(st.integers(1, keys)),
         kv_len=keys,
-        num_heads=kv_num_heads * draw(st.integers(1, 5)),
+        num_heads=num_heads,
         kv_num_heads=kv_num_heads,
-        head_dim=8 * draw(st.integers(1, 12)),
+        head_dim=draw(st.integers(1, 96)),
         key_mask=mask,
+        marks=marks_of(draw(st.sampled_from(["none", "few", "many", "every"])), batch, keys),
+        bias_reach=draw(st.sampled_from([None, None, 0, 3, 200])),
+        sloped=draw(st.booleans()),
         seed=seed,
     )
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -1,0 +1,68 @@
+// What every operator of this library needs from ONNX Runtime: failures as statuses, attributes and tensors.
+#pragma once
+
+#include <exception>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu/ort_abi.hpp"
+
+namespace effc::cpu {
+
+// Problems that a user can cause travel as exceptions to the C boundary and leave it as a status.
+struct Failure : std::exception {
+  ort::ErrorCode code;
+  std::string message;
+  Failure(ort::ErrorCode code, std::string message) : code(code), message(std::move(message)) {}
+  const char* what() const noexcept override { return message.c_str(); }
+};
+
+[[noreturn]] void refuse(const std::string& message);
+
+// Runs `body`, turning whatever it throws into a status that begins with the operator's name.
+ort::Status* guarded(const ort::Api& api, const char* op, const std::function<void()>& body) noexcept;
+
+// Passes on a status of the runtime as a failure.
+void check(const ort::Api& api, ort::Status* status);
+
+// Releases the status; true if it was none.
+bool succeeded(const ort::Api& api, ort::Status* status);
+
+// The attributes that all attention operators have.
+struct AttentionAttributes {
+  std::string pattern;
+  bool causal = false;
+  int64_t num_heads = 0;
+  int64_t kv_num_heads = 0;
+  float scale = 0;  // 0: 1 / sqrt(head_dim)
+};
+AttentionAttributes read_attributes(const ort::Api& api, const ort::KernelInfo* info);
+
+struct Tensor {
+  bool given = false;    // false: the optional input is absent
+  void* data = nullptr;  // null if the tensor has no elements
+  std::vector<int64_t> shape;
+};
+std::string text_of(const std::vector<int64_t>& shape);
+Tensor read_input(const ort::Api& api, const ort::KernelContext* context, size_t index);
+
+// Null if nobody asked for this output.
+float* allocate_output(const ort::Api& api, ort::KernelContext* context, size_t index,
+                       const std::vector<int64_t>& shape);
+
+// Refuses queries, keys, values and a key mask that do not fit together or exceed the kernels.
+void check_attention_inputs(const AttentionAttributes& attributes, const Tensor& query, const Tensor& key,
+                            const Tensor& value, const Tensor& key_mask, int64_t max_head_dim);
+
+// Calls task(n) for every n < count on the session's threads.
+void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_t count,
+                  const std::function<void(int64_t)>& task);
+
+// Output `index` gets the type and shape of the query, symbolic dimensions included.
+ort::Status* infer_output_like_query(const ort::Api& api, ort::ShapeInferContext* context);
+
+// An operator's description without its inputs, outputs and functions.
+ort::CustomOp describe_operator();
+
+}  // namespace effc::cpu
