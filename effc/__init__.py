@@ -12,6 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effc.compiler.attention_mass import attention_mass as attention_mass
+    from effc.compiler.attention_pictures import attention_forms as attention_forms
+    from effc.compiler.attention_pictures import attention_picture as attention_picture
+    from effc.compiler.attention_search import search_attention as search_attention
     from effc.compiler.bench import bench as bench
     from effc.compiler.pipeline import Artifact as Artifact
     from effc.compiler.pipeline import compile as compile
@@ -27,6 +31,10 @@ _EXPORTS = {
     "compile": "effc.compiler.pipeline",
     "CompiledModel": "effc.compiler.runtime",
     "load": "effc.compiler.runtime",
+    "attention_forms": "effc.compiler.attention_pictures",
+    "attention_mass": "effc.compiler.attention_mass",
+    "attention_picture": "effc.compiler.attention_pictures",
+    "search_attention": "effc.compiler.attention_search",
     "verify": "effc.compiler.verify",
     "bench": "effc.compiler.bench",
     "native_library": "effc.plugins.native",

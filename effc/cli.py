@@ -23,6 +23,7 @@ from effc import __version__
 from effc.compiler.manifest import BenchRecord, Manifest, VerifyRecord
 from effc.compiler.recipe import Recipe, build_recipe, default_output, load_recipe, merge
 from effc.errors import EffcError, UsageError
+from effc.passes.positions_settings import METHODS
 
 _INTERRUPTED = 130
 
@@ -109,9 +110,16 @@ def main() -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Artifact directory to make; <model name>.effc by default."
 )
-@click.option("--attn", help="Attention pattern, e.g. local:256.")
+@click.option("--attn", help="Form of every layer (local:256) or of some (0-3=dense,4-*=local:256), auto:0.02, duo.")
 @click.option("--attn-exclude", multiple=True, help="Glob of attention modules that stay as they are; repeatable.")
+@click.option("--force", is_flag=True, default=None, help="Accept forms that need training, untrained.")
 @click.option("--allow-partial", is_flag=True, default=None, help="Exit 0 even if some layers cannot be rewritten.")
+@click.option("--max-length", type=int, help="Extend the model to texts of this many tokens.")
+@click.option(
+    "--positions",
+    multiple=True,
+    help=f"How to extend: {', '.join(METHODS)}; or sparse, for few table rows; repeatable.",
+)
 @click.option("--quant", help="Quantization: none or int8.")
 @click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
 @click.option("--calibration", type=click.Path(), help="Text, .jsonl or .csv file for static INT8 ranges.")
@@ -123,6 +131,7 @@ def main() -> None:
 @click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file to verify quality on.")
 @click.option("--lengths", help="Lengths to benchmark, e.g. 512,1024.")
 @click.option("--no-bench", is_flag=True, help="Do not measure speed.")
+@click.option("--no-generation", is_flag=True, help="Do not make the graph that writes text (causal models only).")
 @click.option("--require-speedup", type=float, help="Exit 1 below this speed-up at the longest length.")
 @click.option("--max-quality-drop", type=float, help="Exit 1 above this quality drop.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
@@ -154,6 +163,7 @@ def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, de
         )
     elif not quiet:
         _show_passes(manifest)
+        _show_positions(manifest)
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
         click.echo(f"Artifact: {artifact.path}\nReport:   {artifact.path / 'report.html'}")
@@ -181,7 +191,11 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(flags["trust_remote_code"], "model", "trust_remote_code")
     put(flags["attn"], "attention", "pattern")
     put(flags["attn_exclude"], "attention", "exclude")
+    put(flags["force"], "attention", "force")
     put(flags["allow_partial"], "attention", "allow_partial")
+    put(flags["max_length"], "positions", "max_length")
+    for value in flags["positions"]:
+        put(True if value == "sparse" else value, "positions", "sparse" if value == "sparse" else "method")
     put(flags["quant"], "quantization", "mode")
     put(flags["quant_exclude"], "quantization", "exclude")
     put(flags["calibration"], "quantization", "calibration", "data")
@@ -189,6 +203,7 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(flags["data"], "verify", "data")
     put(_lengths(flags["lengths"]), "bench", "lengths")
     put(False if flags["no_bench"] else None, "bench", "enabled")
+    put(False if flags["no_generation"] else None, "generation", "enabled")
     put(flags["require_speedup"], "require", "min_speedup")
     put(flags["max_quality_drop"], "require", "max_quality_drop")
     base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
@@ -220,6 +235,7 @@ def inspect(artifact: Path, as_json: bool, quiet: bool, debug: bool) -> int:
         click.echo(f"{source.architecture} ({source.task}), {source.parameters:,} parameters, from {source.path}")
         click.echo(f"effc {manifest.effc_version}, target {manifest.target}, {manifest.created:%Y-%m-%d %H:%M} UTC")
         _show_passes(manifest)
+        _show_positions(manifest)
         table = Table("attention module", "was", "is", "direction", "heads", "note")
         for layer in manifest.attention:
             heads = f"{layer.num_heads}/{layer.kv_heads} x {layer.head_dim}"
@@ -301,6 +317,127 @@ def bench(
 
 
 @main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to write on from; - reads it from standard input.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--max-new-tokens", type=int, help="Tokens to write at most; up to 256 when not given.")
+@click.option("--temperature", type=float, help="Draw tokens; the most likely one each time when not given.")
+@click.option("--top-k", type=int, help="Draw from the most likely tokens only.")
+@click.option("--top-p", type=float, help="Draw from the most likely tokens of this probability together.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens that are there already become less likely.")
+@click.option("--seed", type=int, help="Equal seeds draw equal tokens.")
+@click.option("--threads", type=int, help="Computing threads; all usable cores when not given.")
+@_common
+def generate(
+    artifact: Path,
+    prompt: str,
+    chat: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
+) -> int:
+    """Write text with a compiled causal language model."""
+    from dataclasses import asdict
+
+    from effc.compiler.generation_text import write_text
+    from effc.compiler.runtime import load
+
+    given = {name: value for name, value in options.items() if value is not None}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    told = None if as_json else lambda piece: click.echo(piece, nl=False)
+    written = write_text(load(artifact, threads=threads), text, chat=chat, told=told, **given)
+    if as_json:
+        _print_json(asdict(written))
+        return 0
+    click.echo()
+    if not quiet:
+        speed = "" if written.tokens_per_s is None else f", then {written.tokens_per_s:.1f} tokens/s"
+        click.echo(
+            f"{written.prompt_tokens} + {written.new_tokens} tokens, first after {written.first_token_s:.2f} s{speed}",
+            err=True,
+        )
+    return 0
+
+
+@main.command()
+@click.argument("subject", required=False, metavar="[PATTERN or MODEL]")
+@click.option("--list", "list_forms", is_flag=True, help="List every form, its parameters and its source.")
+@click.option("--length", type=int, help="Tokens to draw a pattern at; 64 when not given.")
+@click.option("--causal", is_flag=True, help="Draw a pattern as a decoder sees it.")
+@click.option("--head-dim", type=int, help="Numbers per head that a pattern's cost is counted for; 64 when not given.")
+@click.option("--text", type=click.Path(), help="Text, .jsonl or .csv file to run MODEL on.")
+@click.option("--samples", type=int, help="Texts to run MODEL on; 8 when not given.")
+@click.option("--max-length", type=int, help="Tokens per text; 512 when not given.")
+@click.option("--candidates", help="Patterns whose share of MODEL's attention is counted: local:128,local:256|sinks:4.")
+@click.option("--task", help="MODEL's task; detected from the config when not given.")
+@click.option("--revision", help="Hub branch, tag or commit of MODEL.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that MODEL brings along.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write the picture to this .png, .svg or .pdf.")
+@_common
+def attention(
+    subject: str | None,
+    list_forms: bool,
+    save: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
+) -> int:
+    """Draw an attention PATTERN with its cost, or measure where a MODEL's attention goes on --text."""
+    from effc.compiler.attention_show import show_forms, show_mass, show_picture
+
+    given = {name: value for name, value in options.items() if value}
+    if list_forms:
+        _refuse_options(given | ({"save": save} if save else {}), (), "with --list")
+        if as_json:
+            from effc.compiler.attention_pictures import attention_forms
+
+            _print_json(attention_forms())
+        elif not quiet:
+            show_forms(Console())
+        return 0
+    if subject is None:
+        raise UsageError(
+            "There is nothing to show.", "Give a pattern such as local:256, a model with --text, or --list."
+        )
+    if "text" not in given:
+        _refuse_options(given, ("length", "causal", "head_dim"), "for a pattern; for a model give --text, too")
+        from effc.compiler.attention_pictures import draw
+
+        picture = draw(subject, **given)
+        if save:
+            picture.save(save)
+        if as_json:
+            _print_json(picture.as_json())
+        elif not quiet:
+            show_picture(picture, Console())
+        return 0
+    _refuse_options(given, tuple(set(options) - {"length", "causal", "head_dim"}), "for a model")
+    from effc.compiler.attention_mass import attention_mass
+
+    if "candidates" in given:
+        given["candidates"] = [part.strip() for part in given["candidates"].split(",")]
+    with _progress(not (quiet or as_json)) as progress:
+        mass = attention_mass(subject, progress=progress, **given)
+    if save:
+        mass.save(save)
+    if as_json:
+        _print_json(mass.as_json())
+    elif not quiet:
+        show_mass(mass, Console())
+    return 0
+
+
+def _refuse_options(given: dict[str, Any], known: tuple[str, ...], why: str) -> None:
+    """An option that has no meaning here is an error, not ignored."""
+    for name in given:
+        if name not in known:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing {why}.", "Leave it out.")
+
+
+@main.command()
 @_common
 def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
     """Say what this machine can do, and how to install what is missing."""
@@ -342,6 +479,15 @@ def _show_passes(manifest: Manifest) -> None:
     Console().print(table)
 
 
+def _show_positions(manifest: Manifest) -> None:
+    done = manifest.positions
+    if done is None:
+        return
+    how = f"{done.trained} to {done.max_length} tokens ({done.method})" if done.method else f"{done.max_length} tokens"
+    rows = f", {', '.join(f'{name}: {count} rows' for name, count in done.rows.items())}" if done.rows else ""
+    click.echo(f"Positions: {how}{rows}" + (f", {done.formula}" if done.formula else ""))
+
+
 def _show_verification(record: VerifyRecord | None) -> None:
     if record is None:
         return
@@ -352,6 +498,11 @@ def _show_verification(record: VerifyRecord | None) -> None:
     console = Console()
     console.print(table)
     console.print(f"Quality drop ({record.quality_metric}): {record.quality_drop:.4f}, {record.samples} samples")
+    if record.extended is not None:
+        beyond = record.extended
+        console.print(
+            f"At {beyond.length} tokens, to {beyond.reference}: {beyond.quality_drop:.4f}, {beyond.samples} samples"
+        )
 
 
 def _show_benchmark(record: BenchRecord | None) -> None:

@@ -43,6 +43,22 @@ _SEQ2SEQ: dict[str, Any] = {
 }
 
 
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    # A bias that is constant beyond a few tokens, and one that differs within every window that is tested.
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 20,
+    "pad_token_id": PAD,
+    "decoder_start_token_id": PAD,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture.
@@ -54,6 +70,7 @@ class Family:
         own: the pattern of each layer before any rewrite.
         heads: query and key-value heads.
         reads: the kind of input.
+        bias: whether its self-attention adds a bias by distance.
     """
 
     name: str
@@ -61,7 +78,15 @@ class Family:
     causal: bool = False
     own: tuple[str, ...] = ("dense", "dense")
     heads: tuple[int, int] = (4, 4)
-    reads: Literal["text", "images", "audio"] = "text"
+    reads: Literal["text", "text pair", "images", "audio"] = "text"
+    bias: bool = False
+
+    @property
+    def kinds(self) -> list[Literal["bidirectional", "causal", "cross"]]:
+        """Of each attention module as they run: of a text pair, two in the encoder and two of one decoder layer."""
+        if self.reads == "text pair":
+            return ["bidirectional", "bidirectional", "causal", "cross"]
+        return ["causal" if self.causal else "bidirectional"] * len(self.own)
 
     def model(self, implementation: str = "sdpa") -> PreTrainedModel:
         """The model in eval mode with transformers' own attention; the same weights on every call."""
@@ -84,11 +109,21 @@ class Family:
             return {"pixel_values": torch.randn(len(lengths), 3, 32, 32, generator=generator)}
         if self.reads == "audio":
             return {"input_features": torch.randn(len(lengths), 8, 160, generator=generator)}
-        longest = max(lengths)
-        tokens = torch.randint(4, VOCABULARY, (len(lengths), longest), generator=generator)
-        position, count = torch.arange(longest), torch.tensor(lengths)[:, None]
-        real = position >= longest - count if side == "left" else position < count
-        return {"input_ids": tokens.where(real, PAD), "attention_mask": real.long()}
+        result = _padded(lengths, side, generator)
+        if self.reads == "text pair":
+            target = _padded([length // 2 + 1 for length in lengths], side, generator)
+            result |= {f"decoder_{name}": tensor for name, tensor in target.items()}
+        return result
+
+
+def _padded(
+    lengths: Sequence[int], side: Literal["left", "right"], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    longest = max(lengths)
+    tokens = torch.randint(4, VOCABULARY, (len(lengths), longest), generator=generator)
+    position, count = torch.arange(longest), torch.tensor(lengths)[:, None]
+    real = position >= longest - count if side == "left" else position < count
+    return {"input_ids": tokens.where(real, PAD), "attention_mask": real.long()}
 
 
 def _of(model: str, config: str, **values: Any) -> Callable[[], PreTrainedModel]:
@@ -202,6 +237,41 @@ FAMILIES = {
             ),
             causal=True,
         ),
+        Family(
+            "clip-vision",
+            _of(
+                "CLIPVisionModel",
+                "CLIPVisionConfig",
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=48,
+                image_size=32,
+                patch_size=4,
+            ),
+            reads="images",
+        ),
+        Family(
+            "olmo3",
+            _of(
+                "Olmo3Model",
+                "Olmo3Config",
+                **_GROUPED,
+                sliding_window=OWN_WINDOW,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            causal=True,
+            own=(_SLIDING, "dense"),
+            heads=(4, 2),
+        ),
+        Family("t5-encoder", _encoder_of("T5Model", "T5Config", **_T5), bias=True),
+        Family("t5", _of("T5Model", "T5Config", **_T5), own=("dense",) * 4, reads="text pair", bias=True),
+        Family(
+            "bart",
+            _of("BartModel", "BartConfig", **_SEQ2SEQ, max_position_embeddings=600),
+            own=("dense",) * 4,
+            reads="text pair",
+        ),
         Family("bart-encoder", _encoder_of("BartModel", "BartConfig", **_SEQ2SEQ, max_position_embeddings=600)),
         Family(
             "whisper-encoder",
@@ -217,21 +287,6 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
     "DebertaV2Model": _of("DebertaV2Model", "DebertaV2Config", **_SIZES),
     "BloomModel": _of("BloomModel", "BloomConfig", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
 }
-
-
-def t5_encoder() -> PreTrainedModel:
-    """T5's encoder, which adds a relative position bias to the scores of every layer."""
-    return _encoder_of(
-        "T5Model",
-        "T5Config",
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        pad_token_id=PAD,
-    )().train(False)
 
 
 def gemma2() -> PreTrainedModel:

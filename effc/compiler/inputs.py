@@ -1,7 +1,4 @@
-"""Valid inputs for a model: example batches for export and probing, and what of their shape may vary.
-
-The encoder part only: an encoder-decoder is compiled as its encoder.
-"""
+"""Valid inputs for a model: example batches for export and probing, and what of their shape may vary."""
 
 from __future__ import annotations
 
@@ -17,24 +14,33 @@ if TYPE_CHECKING:
 
     from effc.compiler.source import SourceModel
 
-BATCH, SEQUENCE = "batch", "sequence"
+BATCH, SEQUENCE, TARGET = "batch", "sequence", "target"
 _SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_TARGET_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 def input_names(source: SourceModel) -> tuple[str, ...]:
     """The inputs that the compiled graph takes, in the order in which they are written down everywhere."""
     if source.task.modality != "text":
         return (source.model.main_input_name,)
+    if has_target(source):
+        return (*_SEQUENCE_INPUTS[:2], *_TARGET_INPUTS)
     return (*_SEQUENCE_INPUTS,) if _takes_token_types(source) else _SEQUENCE_INPUTS[:2]
+
+
+def has_target(source: SourceModel) -> bool:
+    """Whether the model reads a target text besides its input."""
+    return source.task.name == "seq2seq-lm"
 
 
 def example_inputs(source: SourceModel, batch: int = 2, length: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs that the model accepts, the same for the same seed.
 
     Text: ``input_ids`` (drawn from the ordinary tokens), ``attention_mask`` of ones and, where the model takes them,
-    ``token_type_ids`` (two segments), all int64 ``[batch, length]``. Images and audio have the size the config fixes,
-    so ``length`` has no effect: ``pixel_values`` ``[batch, channels, height, width]``, ``input_features``
-    ``[batch, mels, frames]``, fp32.
+    ``token_type_ids`` (two segments), all int64 ``[batch, length]``; where there is a target text,
+    ``decoder_input_ids`` and ``decoder_attention_mask`` of about half that length. Images and audio have the size the
+    config fixes, so ``length`` has no effect: ``pixel_values`` ``[batch, channels, height, width]``,
+    ``input_features`` ``[batch, mels, frames]``, fp32.
 
     Raises:
         SourceModelError: if ``length`` exceeds the positions of the model.
@@ -50,7 +56,10 @@ def example_inputs(source: SourceModel, batch: int = 2, length: int = 32, seed: 
             f"{length} tokens are more than the {source.max_length} positions of the model.", "Choose a shorter length."
         )
     ordinary = torch.tensor(ordinary_tokens(source))
+    target = target_length(length)
     values = {
+        "decoder_input_ids": ordinary[torch.randint(len(ordinary), (batch, target), generator=generator)],
+        "decoder_attention_mask": torch.ones((batch, target), dtype=torch.int64),
         "input_ids": ordinary[torch.randint(len(ordinary), (batch, length), generator=generator)],
         "attention_mask": torch.ones((batch, length), dtype=torch.int64),
         "token_type_ids": (torch.arange(length) >= (length + 1) // 2).long().repeat(batch, 1),
@@ -74,29 +83,48 @@ def ragged_inputs(
     inputs = example_inputs(source, len(lengths), longest, seed)
     if source.task.modality != "text":
         return inputs
+    fill = dict.fromkeys(("input_ids", "decoder_input_ids"), padding_token(source))
+    real = {SEQUENCE: _real(lengths, side), TARGET: _real([target_length(length) for length in lengths], side)}
+    return {
+        name: torch.where(real[TARGET if name in _TARGET_INPUTS else SEQUENCE], value, fill.get(name, 0))
+        for name, value in inputs.items()
+    }
+
+
+def target_length(length: int) -> int:
+    """Tokens of the target text that goes with a source text of ``length`` tokens: never as many, but for one."""
+    return length // 2 + 1 if length > 2 else 1
+
+
+def _real(lengths: Sequence[int], side: Literal["left", "right"]) -> torch.Tensor:
+    """``[batch, longest]`` bool, False at padding."""
+    import torch
+
+    longest = max(lengths)
     position, count = torch.arange(longest), torch.tensor(lengths)[:, None]
-    real = position >= longest - count if side == "left" else position < count
-    fill = {"input_ids": padding_token(source)}
-    return {name: torch.where(real, value, fill.get(name, 0)) for name, value in inputs.items()}
+    return position >= longest - count if side == "left" else position < count
 
 
 def token_mask(inputs: Mapping[str, Any]) -> Any | None:
-    """The mask of real tokens ``[batch, length]`` among ``inputs``, or None where nothing is padded."""
-    return inputs.get("attention_mask")
+    """The mask of real tokens ``[batch, length]`` of the text that outputs belong to, None where nothing is padded."""
+    return inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
 
 
 def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
-    """Which axes of each input may vary: ``batch`` of all, ``sequence`` of token inputs."""
-    return {name: {0: BATCH, 1: SEQUENCE} if name in _SEQUENCE_INPUTS else {0: BATCH} for name in inputs}
+    """Which axes of each input may vary: ``batch`` of all, ``sequence`` of token inputs, ``target`` of target texts."""
+    lengths = dict.fromkeys(_SEQUENCE_INPUTS, SEQUENCE) | dict.fromkeys(_TARGET_INPUTS, TARGET)
+    return {name: {0: BATCH, 1: lengths[name]} if name in lengths else {0: BATCH} for name in inputs}
 
 
 def graph_inputs(source: SourceModel) -> list[TensorRecord]:
     """Name, type, symbolic shape and largest value of every input of the compiled graph."""
-    inputs = example_inputs(source, batch=1, length=2)
+    inputs = example_inputs(source, batch=1, length=min(3, source.max_length or 3))
     axes = dynamic_axes(inputs)
     maximum = {
         "input_ids": _vocabulary(source) - 1 if source.task.modality == "text" else None,
         "attention_mask": 1,
+        "decoder_input_ids": _vocabulary(source) - 1 if has_target(source) else None,
+        "decoder_attention_mask": 1,
         "token_type_ids": (getattr(source.config, "type_vocab_size", 0) or 1) - 1,
     }
     return [
@@ -151,6 +179,8 @@ def _fixed_shape(source: SourceModel) -> tuple[int, ...]:
     """The shape of one image or one stretch of audio, without the batch."""
     config = source.config
     if source.task.modality == "images":
+        # A composite config's image classifier runs the vision part alone.
+        config = getattr(config, "vision_config", None) or config
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         return config.num_channels, height, width

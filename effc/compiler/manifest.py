@@ -62,7 +62,7 @@ class AttentionLayer(Record):
     """One attention module of the source model and what became of it.
 
     ``source`` and ``pattern`` are pattern texts (``dense``, ``local:256``); ``causal`` says whether the module only
-    looks back.
+    looks back, ``bias`` what it adds to its scores by distance.
     """
 
     layer: str
@@ -72,8 +72,22 @@ class AttentionLayer(Record):
     num_heads: int
     kv_heads: int
     head_dim: int
+    bias: str | None = None
     rewritten: bool
     reason: str | None = None
+
+
+class PositionsRecord(Record):
+    """How the source model's positions were changed. ``rows`` are those of each position table now.
+
+    ``formula`` says which row a position takes where tables are sparse.
+    """
+
+    trained: int | None
+    max_length: int | None
+    method: str | None = None
+    rows: dict[str, int] = Field(default_factory=dict)
+    formula: str | None = None
 
 
 class TensorRecord(Record):
@@ -95,8 +109,18 @@ class FileRecord(Record):
     bytes: int
 
 
+class ExtendedRecord(Record):
+    """Quality at a length that the source model was not made for, against ``reference``."""
+
+    reference: str
+    length: int
+    samples: int
+    outputs: dict[str, OutputDeviation]
+    quality_drop: float
+
+
 class VerifyRecord(Record):
-    """Quality of the artifact against the untouched source model."""
+    """Quality of the artifact against the untouched source model; ``extended`` beyond the length of that."""
 
     data: str
     samples: int
@@ -105,6 +129,7 @@ class VerifyRecord(Record):
     quality_drop: float
     quality_metric: str
     details: dict[str, Any] = Field(default_factory=dict)
+    extended: ExtendedRecord | None = None
 
 
 class Timing(Record):
@@ -135,6 +160,95 @@ class BenchRecord(Record):
     machine: dict[str, Any] = Field(default_factory=dict)
 
 
+class CacheGroupRecord(Record):
+    """Layers of a generating graph that compute the same form, and what each of them keeps of the past.
+
+    ``slots``: the first ``sinks`` positions and a ring of the last ``recent`` ones, or every position if that is None.
+    ``ordered``: every position, read by the form's operator together with the last ``queries`` queries. ``state``:
+    tensors of the shapes ``state``, the batch left out, that start as ``initial``.
+    """
+
+    pattern: str
+    kind: Literal["slots", "ordered", "state"]
+    sinks: int = 0
+    recent: int | None = None
+    queries: int = 1
+    state: dict[str, list[int]] = Field(default_factory=dict)
+    initial: dict[str, float] = Field(default_factory=dict)
+    distance: bool = False
+
+
+class CachedLayerRecord(Record):
+    """One attention operator of a generating graph; its place in the list is the suffix of its inputs' names."""
+
+    layer: str
+    group: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class GenerationRecord(Record):
+    """The graph that generates text. ``weights_shared`` counts the bytes that it reads from the forward graph's file."""
+
+    file: str
+    groups: list[CacheGroupRecord]
+    layers: list[CachedLayerRecord]
+    positions: bool
+    eos_token_ids: list[int] = Field(default_factory=list)
+    pad_token_id: int = 0
+    weights_shared: int = 0
+
+
+class LayerSensitivity(Record):
+    """What was measured of one layer when its attention was chosen.
+
+    ``values`` holds, for each column of the search, what that choice alone changes: the relative error of the model's
+    output (auto) or the importance of a head (duo); None where it was not measured. ``attention_errors`` and ``drops``
+    are the relative error at the attention module's output and the quality lost, where they were measured.
+    """
+
+    layer: str
+    values: list[float | None]
+    attention_errors: list[float | None] = Field(default_factory=list)
+    drops: list[float | None] = Field(default_factory=list)
+    chosen: str
+    kept: list[int] = Field(default_factory=list)
+
+
+class AttentionSearch(Record):
+    """How the form of every layer (``auto``) or head (``duo``) was chosen.
+
+    Attributes:
+        request: what was asked for, ``auto:0.02`` or ``duo:0.5:256:4``.
+        columns: the candidates, or the numbers of the key/value heads.
+        error: what the whole choice loses together, measured; ``error_name`` says what that is.
+        output_error: relative error of the model's output under the whole choice.
+        cost_share: arithmetic of the attention chosen over that of the source, at ``target_length`` tokens.
+        longest: tokens of the longest text that was measured on.
+        runs: forward passes of a batch.
+    """
+
+    request: str
+    data: str
+    samples: int
+    tokens: int
+    longest: int
+    target_length: int
+    columns: list[str]
+    layers: list[LayerSensitivity]
+    error: float
+    error_name: str
+    output_error: float
+    cost_share: float
+    runs: int
+    seconds: float
+
+    def assignment(self) -> dict[str, str]:
+        """The form chosen for each layer, as ``attention.layers`` of a recipe takes it."""
+        return {layer.layer: layer.chosen for layer in self.layers}
+
+
 class Manifest(Record):
     """The whole of ``effc.json``."""
 
@@ -148,8 +262,11 @@ class Manifest(Record):
     export_key: str
     passes: list[PassRecord]
     attention: list[AttentionLayer]
+    positions: PositionsRecord | None = None
+    attention_search: AttentionSearch | None = None
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
     files: dict[str, FileRecord]
+    generation: GenerationRecord | None = None
     verification: VerifyRecord | None = None
     benchmark: BenchRecord | None = None

@@ -19,13 +19,17 @@ from numpy.typing import NDArray
 
 from effc import __version__
 from effc.compiler.artifact import check_output, record_files, staged, write_manifest
+from effc.compiler.attention_search import SEARCH_VERSION, needs_search, resolved, search
 from effc.compiler.bench import bench, choose_lengths
 from effc.compiler.data import read_samples, tokenize
-from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, exported_graph, twin_of
+from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
+from effc.compiler.generation_build import GENERATION_VERSION, add_generation
 from effc.compiler.inputs import graph_inputs, input_names, ragged_inputs, token_mask
 from effc.compiler.manifest import (
     AttentionLayer,
+    AttentionSearch,
     BenchRecord,
+    GenerationRecord,
     Manifest,
     OutputDeviation,
     PassRecord,
@@ -34,18 +38,23 @@ from effc.compiler.manifest import (
     VerifyRecord,
 )
 from effc.compiler.metrics import compare_outputs
+from effc.compiler.positions import extend_positions, thin_positions
 from effc.compiler.recipe import Recipe, build_recipe, default_output, load_recipe, merge
+from effc.compiler.recovery import refuse_untrained
 from effc.compiler.runtime import MODEL_NAME
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.toolchain import toolchain
 from effc.compiler.verify import verify
-from effc.errors import EffcError, OutputError, PassFailedError, RequirementError, UsageError
+from effc.errors import EffcError, OutputError, PassFailedError, PreconditionError, RequirementError, UsageError
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.base import PassResult
+from effc.passes.extend_positions import ExtendPositions
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
+from effc.passes.observed_attention import ObservedAttention
 from effc.passes.quantize_int8 import QuantizeInt8
 from effc.passes.rewrite_attention import RewriteAttention, describe
+from effc.passes.sparse_positions import SparsePositions
 from effc.plugins.function_body import OPSET
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +88,7 @@ class Rewritten:
     result: PassResult[Any]
     layers: list[AttentionLayer]
     unwanted: list[tuple[str, str]]
+    observed: ObservedAttention
 
 
 def compile(
@@ -141,13 +151,13 @@ class _Log:
 
     def __init__(self, steps: int, progress: Progress | None):
         self.records: list[PassRecord] = []
-        self._steps, self._progress, self._done = steps, progress, 0
+        self.steps, self._progress, self._done = steps, progress, 0
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Tell of a step, and let an error say which step it was and what came before."""
         if self._progress:
-            self._progress(name, self._done, self._steps)
+            self._progress(name, self._done, self.steps)
         try:
             yield
         except (EffcError, OSError):
@@ -183,21 +193,44 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     if recipe.require.min_speedup is not None and not recipe.bench.enabled:
         raise UsageError("A minimum speed-up is required but speed is not measured.", "Leave --no-bench out.")
     quantize = recipe.quantization.mode != "none"
-    log = _Log(6 + quantize + recipe.bench.enabled, progress)
+    log = _Log(6 + quantize + recipe.bench.enabled + needs_search(recipe.attention), progress)
     with log.step("load"):
         source = load(locate(recipe.model))
+    generates = recipe.generation.enabled and source.task.name == "causal-lm"
+    log.steps += generates
     calibration = _calibration(recipe, source) if quantize else None
     probe = ragged_inputs(source, _probe_lengths(source))
     mask = token_mask(probe)
     mask = None if mask is None else mask.numpy()
     untouched = _run_torch(source, probe)
 
+    if recipe.positions.max_length is not None:
+        log.steps += 1
+        with log.step(ExtendPositions.name):
+            started = time.perf_counter()
+            extended = extend_positions(source, recipe.positions, recipe.attention)
+            record = log.add(ExtendPositions.name, ExtendPositions.version, started, extended)
+            record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
+    attention, observed, found = recipe.attention, observe_attention(source), None
+    if needs_search(attention):
+        with log.step("choose-attention"):
+            found = _search(source, observed, recipe, log, progress)
+        attention = resolved(attention, found)
     with log.step(RewriteAttention.name):
         started = time.perf_counter()
-        rewritten = rewrite(source, recipe.attention)
+        rewritten = rewrite(source, attention, observed)
+        if found is None:
+            refuse_untrained(source, observed, recipe)
         record = log.add(RewriteAttention.name, RewriteAttention.version, started, rewritten.result)
         record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
     layers = rewritten.layers
+    if recipe.positions.sparse:
+        log.steps += 1
+        with log.step(SparsePositions.name):
+            started = time.perf_counter()
+            thinned = thin_positions(source, recipe.positions, layers)
+            record = log.add(SparsePositions.name, SparsePositions.version, started, thinned)
+            record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
 
     with log.step("export"):
         started = time.perf_counter()
@@ -224,6 +257,10 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
                 _replace(graph, path)
                 record = log.add(QuantizeInt8.name, QuantizeInt8.version, started, quantized)
                 record.probe = _probe_graph(path, probe, untouched, mask)
+        generation = None
+        if generates:
+            with log.step("generation"):
+                generation = _generation(source, layers, recipe, calibration, staging, log)
         _save_source_files(source, staging)
         manifest = Manifest(
             effc_version=__version__,
@@ -235,27 +272,81 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
             export_key=key,
             passes=log.records,
             attention=layers,
+            attention_search=found,
+            positions=source.positions,
             inputs=graph_inputs(source),
             outputs=_output_records(path),
             files=record_files(staging),
+            generation=generation,
         )
         write_manifest(staging, manifest)
         with log.step("verify"):
             manifest.verification = verify(staging, trust_remote_code=recipe.model.trust_remote_code)
         if recipe.bench.enabled:
             with log.step("bench"):
-                manifest.benchmark = _bench(staging, recipe, manifest, exported, key)
+                manifest.benchmark = _bench(staging, recipe, manifest, exported, key, source, observed)
         write_manifest(staging, manifest)
     if progress:
         progress("done", 1, 1)
     return Artifact(output, manifest, tuple(_unmet(recipe, manifest, rewritten)))
 
 
-def rewrite(source: SourceModel, settings: AttentionSection) -> Rewritten:
-    """Assign the attention of ``source.model`` as the recipe says."""
-    attention = RewriteAttention(settings, ragged_inputs(source, _probe_lengths(source)))
+def _generation(
+    source: SourceModel,
+    layers: list[AttentionLayer],
+    recipe: Recipe,
+    calibration: list[dict[str, NDArray[Any]]] | None,
+    staging: Path,
+    log: _Log,
+) -> GenerationRecord | None:
+    """Make the generating graph; a model that cannot generate from caches is compiled without one, and told so."""
+    started = time.perf_counter()
+    quantization = recipe.quantization if recipe.quantization.mode != "none" else None
+    try:
+        record, proof, hit = add_generation(source, layers, quantization, calibration, staging)
+    except PreconditionError as error:
+        result: PassResult[Any] = PassResult(None, False, skipped=[(type(source.model).__name__, error.problem)])
+        log.add("generation", GENERATION_VERSION, started, result)
+        return None
+    changed = [layer.layer for layer in record.layers]
+    metrics = {
+        "bytes_shared": record.weights_shared,
+        "relative_error_to_torch": proof.relative_error,
+        "top1_agreement_with_torch": proof.top1_agreement,
+    }
+    done: PassResult[Any] = PassResult(None, True, changed, metrics=metrics)
+    log.add("generation", GENERATION_VERSION, started, done, cached=hit)
+    return record
+
+
+def observe_attention(source: SourceModel) -> ObservedAttention:
+    """Switch ``source.model`` to effc's attention, every module computing what it always did."""
+    return ObservedAttention(source.model, ragged_inputs(source, _probe_lengths(source)), source.processor)
+
+
+def rewrite(source: SourceModel, settings: AttentionSection, observed: ObservedAttention | None = None) -> Rewritten:
+    """Assign the attention of ``source.model`` as the recipe says.
+
+    Args:
+        settings: must name a form for every layer, not a search.
+        observed: the model's modules, where they have been observed already.
+    """
+    observed = observed or observe_attention(source)
+    attention = RewriteAttention(settings, {}, observed=observed)
     result = attention.run(source.model)
-    return Rewritten(result, describe_layers(describe(attention.layers)), attention.unwanted())
+    return Rewritten(result, describe_layers(describe(attention.layers)), attention.unwanted(), observed)
+
+
+def _search(
+    source: SourceModel, observed: ObservedAttention, recipe: Recipe, log: _Log, progress: Progress | None
+) -> AttentionSearch:
+    started = time.perf_counter()
+    found, hit = search(source, observed, recipe, progress)
+    chosen = [row.layer for row in found.layers if row.chosen != "dense"]
+    metrics = {"error": found.error, "error_name": found.error_name, "cost_share": found.cost_share}
+    result: PassResult[Any] = PassResult(None, bool(chosen), chosen, metrics=metrics)
+    log.add("choose-attention", SEARCH_VERSION, started, result, cached=hit)
+    return found
 
 
 def _probe_lengths(source: SourceModel) -> tuple[int, ...]:
@@ -327,8 +418,20 @@ def _output_records(path: Path) -> list[TensorRecord]:
     ]
 
 
-def _bench(staging: Path, recipe: Recipe, manifest: Manifest, exported: Path, key: str) -> BenchRecord:
-    twin = twin_of(exported, key, manifest.attention)
+def _bench(
+    staging: Path,
+    recipe: Recipe,
+    manifest: Manifest,
+    exported: Path,
+    key: str,
+    source: SourceModel,
+    observed: ObservedAttention,
+) -> BenchRecord:
+    def dense_export() -> ir.Model:
+        with observed.using({}):
+            return export_now(source)
+
+    twin = twin_of(exported, key, manifest.attention, dense_export)
     lengths = list(recipe.bench.lengths) or choose_lengths(manifest, None)[:_QUICK_LENGTHS]
     return bench(staging, lengths=lengths, batch=recipe.bench.batch, rounds=recipe.bench.rounds, twin=twin)
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effc.compiler.inputs import token_mask
 from effc.compiler.metrics import DeviationSum, pooled_cosines
 
 Array = NDArray[Any]
@@ -89,7 +90,7 @@ class CosineQuality(Quality):
         self._sum = DeviationSum(logits=True)
 
     def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
-        self._sum.update(source["logits"], compiled["logits"], batch.get("attention_mask"))
+        self._sum.update(source["logits"], compiled["logits"], token_mask(batch))
 
     def score(self) -> Score:
         return Score(None, 1.0 - self._sum.result().cosine, "1 - mean cosine of logits")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
 from effc.passes.attention_settings import AttentionSection
+from effc.passes.positions_settings import PositionsSection
 from effc.passes.quantize_settings import CalibrationSection as CalibrationSection
 from effc.passes.quantize_settings import QuantizationSection
 from effc.suggest import did_you_mean
@@ -68,6 +69,12 @@ class BenchSection(Section):
         return value
 
 
+class GenerationSection(Section):
+    """Whether a causal language model also learns to write text."""
+
+    enabled: bool = Field(True, description="make the graph that effc.load(...).generate() runs")
+
+
 class RequirementSection(Section):
     """What the result must reach, or the exit code is 1."""
 
@@ -86,8 +93,10 @@ class Recipe(Section):
     version: Literal[1] = 1
     model: Annotated[ModelSection, _shorthand("path")] = ModelSection()
     attention: Annotated[AttentionSection, _shorthand("pattern")] = AttentionSection()
+    positions: PositionsSection = PositionsSection()
     quantization: Annotated[QuantizationSection, _shorthand("mode")] = QuantizationSection()
     target: str = Field("onnxruntime", description="what the artifact runs on")
+    generation: GenerationSection = GenerationSection()
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
     require: RequirementSection = RequirementSection()

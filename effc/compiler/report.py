@@ -24,7 +24,7 @@ from effc.compiler.recipe import build_recipe
 from effc.errors import EffcError, OutputError
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.registry import parse_form
-from effc.plugins.pattern import Pattern
+from effc.plugins.pattern import DENSE, Pattern
 
 State = Literal["win", "even", "loss", "missed", "unknown"]
 
@@ -32,11 +32,13 @@ State = Literal["win", "even", "loss", "missed", "unknown"]
 EVEN_BAND = 0.03
 UNMEASURED = "Not measured: run `effc bench OUT`."
 UNVERIFIED = "Not measured: run `effc verify OUT`."
+EXPLAINED_FORMS = 4  # forms that get a sentence each; the attention table has all
 LIST_LIMIT = 300  # names per expandable list; effc.json has them all
 
 # The recipe keys that have a flag of their own; any other change from the defaults needs `--recipe`.
 FLAGS = {
     "attention.pattern": "--attn",
+    "attention.force": "--force",
     "quantization.mode": "--quant",
     "target": "--target",
     "model.task": "--task",
@@ -83,7 +85,7 @@ def render_report(manifest: Manifest) -> str:
         memory=memory,
     )
     template = environment.from_string(files("effc.compiler").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    bench, verification = manifest.benchmark, manifest.verification
+    bench, verification, search = manifest.benchmark, manifest.verification, manifest.attention_search
     required = manifest.recipe.get("require") or {}
     return template.render(
         manifest=manifest,
@@ -110,6 +112,8 @@ def render_report(manifest: Manifest) -> str:
         probe_worst=[(p.name, *worst_probe(p)) for p in manifest.passes if p.probe],
         error_floor=plots.ERROR_FLOOR,
         patterns=picture_patterns(manifest),
+        sensitivity_figure=None if search is None else plots.sensitivity(search, layer_numbers(manifest.attention)),
+        layer_numbers=layer_numbers(manifest.attention),
         slowest_pass=max((p.seconds for p in manifest.passes), default=0.0),
         quantizing=[p for p in manifest.passes if "quant" in p.name],
         reasons=lambda p: Counter(skip.reason for skip in p.skipped).most_common(),
@@ -191,15 +195,24 @@ def explain(manifest: Manifest) -> list[str]:
     measured = longest(bench) if bench else None
     if bench and measured:
         result.append(break_even_sentence(bench))
-        rewritten = Counter((layer.pattern, layer.causal) for layer in manifest.attention if layer.rewritten)
-        for (text, causal), count in rewritten.items():
-            if isinstance(pattern := readable_pattern(text), Pattern):
-                share = pattern.density(measured[0], causal)
+        rewritten = Counter(
+            (layer.pattern, layer.causal, layer.head_dim) for layer in manifest.attention if layer.rewritten
+        )
+        for (text, causal, head_dim), count in rewritten.most_common(EXPLAINED_FORMS):
+            if form := readable_pattern(text):
+                share = dense_share(form, measured[0], causal, head_dim)
+                what = "sees {:.1%} of the query-key pairs" if isinstance(form, Pattern) else "takes {:.1%} of the work"
                 effect = ", so there is next to nothing to save at this length" if share > 0.95 else ""
                 result.append(
-                    f"{text} ({_layers(count)}) sees {share:.1%} of the query-key pairs of dense attention at "
-                    f"{measured[0]:,} tokens{effect}."
+                    f"{text} ({_layers(count)}) {what.format(share)} of dense attention at {measured[0]:,} "
+                    f"tokens{effect}."
                 )
+    if found := manifest.attention_search:
+        result.append(
+            f"{found.request} chose the attention of {_layers(len(found.layers))} on {found.samples} texts of up to "
+            f"{found.longest:,} tokens: {number(found.error)} {found.error_name}, for {found.cost_share:.1%} of the "
+            f"arithmetic of the model's own attention at {found.target_length:,} tokens."
+        )
     if kept := [layer for layer in manifest.attention if not layer.rewritten]:
         reasons = Counter(layer.reason or "no reason was recorded" for layer in kept).most_common()
         listed = "; ".join(f"{reason} ({_layers(count)})" for reason, count in reasons[:4])
@@ -243,12 +256,14 @@ def weakest_output(verification: VerifyRecord) -> str | None:
 
 def command_line(recipe: Mapping[str, Any], source: str) -> str:
     """The ``effc compile`` command that gives this recipe; ``--recipe`` appears only where a flag does not suffice."""
-    given, defaults = _flat(recipe), _flat(build_recipe({}).model_dump(mode="json"))
+    given, defaults = _flat(_joined_assignment(recipe)), _flat(build_recipe({}).model_dump(mode="json"))
     flags, rest = [], False
     for key, value in given.items():
         if key == "model.path" or (value == defaults.get(key) and key not in ALWAYS_SHOWN):
             continue
-        if key in FLAGS:
+        if key in FLAGS and value is True:
+            flags.append(FLAGS[key])
+        elif key in FLAGS:
             flags.append(f"{FLAGS[key]}={shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
         else:
             rest = True
@@ -258,9 +273,22 @@ def command_line(recipe: Mapping[str, Any], source: str) -> str:
     )
 
 
+def _joined_assignment(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the forms of single layers written into the pattern, as ``--attn`` takes them."""
+    attention = dict(recipe.get("attention") or {})
+    layers = attention.pop("layers", None) or {}
+    if layers:
+        attention["pattern"] = ",".join([attention.get("pattern", "dense"), *(f"{k}={v}" for k, v in layers.items())])
+    return {**recipe, "attention": attention}
+
+
 @dataclass(frozen=True)
 class PatternPicture:
-    """One distinct pattern with its picture and exact shares of dense attention's pairs."""
+    """One distinct form with its picture and its exact share of dense attention.
+
+    ``shares`` are visible pairs of position-based patterns, arithmetic of all other forms, by length. ``missing`` says
+    why there is no picture.
+    """
 
     text: str
     causal: bool
@@ -268,7 +296,9 @@ class PatternPicture:
     image: str | None
     covered: int
     step: int
-    densities: list[tuple[int, float]]
+    shares: list[tuple[int, float]]
+    counts_pairs: bool
+    missing: str = ""
 
 
 def picture_patterns(manifest: Manifest) -> list[PatternPicture]:
@@ -276,18 +306,28 @@ def picture_patterns(manifest: Manifest) -> list[PatternPicture]:
     limit = manifest.source.max_length
     lengths = manifest.benchmark.lengths if manifest.benchmark else []
     lengths = sorted(lengths) or [n for n in (128, 512, 1024, 2048, 4096, 8192) if limit is None or n <= limit] or [128]
+    head_dim = {(layer.pattern, layer.causal): layer.head_dim for layer in manifest.attention}
     result = []
     for (text, causal), count in Counter((layer.pattern, layer.causal) for layer in manifest.attention).items():
-        pattern = readable_pattern(text)
-        if pattern is None:
-            result.append(PatternPicture(text, causal, count, None, 0, 0, []))
+        form = readable_pattern(text)
+        if form is None:
+            missing = "this version of effc does not know the pattern"
+            result.append(PatternPicture(text, causal, count, None, 0, 0, [], False, missing))
             continue
-        if not isinstance(pattern, Pattern):
-            result.append(PatternPicture(text, causal, count, None, 0, 0, []))
-            continue
-        densities = [] if pattern.is_dense else [(length, pattern.density(length, causal)) for length in lengths]
-        result.append(PatternPicture(text, causal, count, *plots.visibility(pattern, causal, lengths[-1]), densities))
+        picture = plots.visibility(form, causal, lengths[-1])
+        image, covered, step = picture or (None, 0, 0)
+        shares = [] if form.is_dense else [(n, dense_share(form, n, causal, head_dim[text, causal])) for n in lengths]
+        missing = "" if picture else "what a query sees depends on the content"
+        pairs = isinstance(form, Pattern)
+        result.append(PatternPicture(text, causal, count, image, covered, step, shares, pairs, missing))
     return result
+
+
+def dense_share(form: AttentionForm, length: int, causal: bool, head_dim: int) -> float:
+    """Visible pairs of a pattern, or the arithmetic of any other form, over that of dense attention."""
+    if isinstance(form, Pattern):
+        return form.density(length, causal)
+    return form.cost(length, causal, head_dim).flops / DENSE.cost(length, causal, head_dim).flops
 
 
 def readable_pattern(text: str) -> AttentionForm | None:
@@ -303,6 +343,11 @@ def worst_probe(record: PassRecord) -> tuple[str, float, float]:
     assert record.probe
     name = max(record.probe, key=lambda n: math.inf if math.isnan(e := record.probe[n].relative_error) else e)  # type: ignore[index]
     return name, record.probe[name].relative_error, record.probe[name].cosine
+
+
+def layer_numbers(attention: list[AttentionLayer]) -> dict[str, int]:
+    """The place of every layer in execution order, which ranges in ``--attn`` count."""
+    return {layer.layer: number for number, layer in enumerate(attention)}
 
 
 def unlisted_kernels(bench: BenchRecord, attention: list[AttentionLayer]) -> dict[str, str]:

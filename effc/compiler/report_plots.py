@@ -21,9 +21,13 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
 
-from effc.compiler.manifest import BenchRecord, OutputDeviation, PassRecord, Timing
+from effc.compiler.manifest import AttentionSearch, BenchRecord, OutputDeviation, PassRecord, Timing
+from effc.plugins.forms.base import AttentionForm
+from effc.plugins.forms.heads import HeadForms
 from effc.plugins.pattern import Pattern
 
 # Colours that stand for CSS variables of the page; the SVG text is searched for them, so they must be unlikely ones.
@@ -65,6 +69,9 @@ WIDTH, HEIGHT = 4.6, 2.95
 ERROR_FLOOR = 1e-8  # fp32 resolves nothing below; a logarithmic axis needs some smallest value
 CELLS = 64
 PICTURE_LENGTH_LIMIT = 4096  # exact cell shares take length**2 steps
+WHOLE_PICTURE_LIMIT = 512  # forms that are no pattern draw themselves as length x length weights
+NUMBERED_COLUMNS = 10  # more do not leave room for figures in the cells
+FAINTEST = 1e-3  # of the largest value, drawn without colour
 
 
 def latency(bench: BenchRecord) -> Markup | None:
@@ -180,27 +187,83 @@ def probe(passes: Sequence[PassRecord]) -> Markup | None:
         return _svg(figure, "Deviation from the untouched model after each pass")
 
 
-def visibility(pattern: Pattern, causal: bool, length: int) -> tuple[str, int, int]:
-    """A picture of which keys each query sees, with exact shares.
+def sensitivity(search: AttentionSearch, numbers: dict[str, int]) -> Markup:
+    """One cell for each layer and choice: how much that choice alone changes, logarithmic; what was taken is framed.
+
+    Args:
+        numbers: the number of each layer in the model.
+    """
+    rows, columns = len(search.layers), len(search.columns)
+    largest = max((value for row in search.layers for value in row.values if value), default=1.0)
+    by_head = search.columns == [str(number) for number in range(columns)]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "sensitivity"}):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * rows + (0 if by_head else 0.5)), layout="constrained")
+        axes = figure.subplots()
+        for number, row in enumerate(search.layers):
+            for column, value in enumerate(row.values):
+                if value is None:
+                    continue
+                strength = 1 - math.log(largest / max(value, FAINTEST * largest)) / math.log(1 / FAINTEST)
+                cell = (column - 0.48, number - 0.46), 0.96, 0.92
+                axes.add_patch(Rectangle(*cell, facecolor=COMPILED, alpha=0.75 * strength + 0.03, linewidth=0))
+                if column in row.kept:
+                    axes.add_patch(Rectangle(*cell, facecolor="none", edgecolor=FG, linewidth=1.4))
+                if columns <= NUMBERED_COLUMNS:
+                    axes.text(column, number, f"{value:.2g}", ha="center", va="center", color=FG, fontsize=7.5)
+        axes.set_xlim(-0.6, columns - 0.4)
+        axes.set_ylim(rows - 0.4, -0.6)
+        labels = search.columns if by_head else [_shorten(text, 26) for text in search.columns]
+        turned = {} if by_head else {"rotation": 18, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(columns), labels, fontsize=8 if columns <= 24 else 5, **turned)
+        ticks = [str(numbers.get(row.layer, number)) for number, row in enumerate(search.layers)]
+        axes.set_yticks(range(rows), ticks, fontsize=8 if rows <= 40 else 6)
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylabel("layer")
+        if by_head:
+            axes.set_xlabel("key/value head")
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        return _svg(figure, "Sensitivity of every layer to every choice, chosen ones framed")
+
+
+def visibility(form: AttentionForm, causal: bool, length: int) -> tuple[str, int, int] | None:
+    """A picture of what each query sees of each key, with exact shares; None where content decides.
 
     Returns ``(data URI of a PNG of cells, tokens it covers, tokens per cell)``. The opacity of a cell is the share of
     its query-key pairs that are visible, so that a narrow window does not vanish and needs no rescaling.
     """
-    length = min(length, PICTURE_LENGTH_LIMIT)
+    parts = form.parts if isinstance(form, HeadForms) else ((form, (0,)),)
+    patterns = all(isinstance(part, Pattern) for part, _ in parts)
+    length = min(length, PICTURE_LENGTH_LIMIT if patterns else WHOLE_PICTURE_LIMIT)
     step = max(1, length // CELLS)
     cells = min(CELLS, length)
+    share = np.zeros((cells, cells))
+    for part, heads in parts:
+        seen = _cell_shares(part, causal, step, cells)
+        if seen is None:
+            return None
+        share += seen * len(heads) / sum(len(others) for _, others in parts)
+    image = np.empty((cells, cells, 4), dtype=np.uint8)
+    image[..., :3] = (47, 128, 237)
+    image[..., 3] = np.round(np.clip(share, 0, 1) * 255)
+    file = io.BytesIO()
+    imsave(file, image, format="png")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}", step * cells, step
+
+
+def _cell_shares(form: AttentionForm, causal: bool, step: int, cells: int) -> NDArray[np.float64] | None:
+    """``[cells, cells]``: the mean over the pairs of each cell."""
     covered = step * cells
+    if not isinstance(form, Pattern):
+        weights = form.picture(covered, causal)
+        return None if weights is None else weights.reshape(cells, step, cells, step).mean(axis=(1, 3))
     keys = np.arange(covered)[None, :]
     share = np.empty((cells, cells))
     for row in range(cells):  # by rows of cells, because the whole mask at 4096 tokens is 16 million pairs
         queries = np.arange(row * step, (row + 1) * step)[:, None]
-        share[row] = pattern.visible(queries, keys, causal).reshape(step, cells, step).mean(axis=(0, 2))
-    image = np.empty((cells, cells, 4), dtype=np.uint8)
-    image[..., :3] = (47, 128, 237)
-    image[..., 3] = np.round(share * 255)
-    file = io.BytesIO()
-    imsave(file, image, format="png")
-    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}", covered, step
+        visible = form.visible(queries, keys, causal, covered)
+        share[row] = visible.reshape(step, cells, step).mean(axis=(0, 2))
+    return share
 
 
 def measured_lengths(bench: BenchRecord) -> list[int]:

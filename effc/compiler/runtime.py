@@ -12,15 +12,25 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from effc.compiler.feeds import TensorSpec, prepare_inputs, random_inputs
+from effc.compiler.generation import (
+    Generator,
+    Prompt,
+    Streamer,
+    align_left_padded,
+    generation_record,
+    split_options,
+    tell,
+)
 from effc.compiler.kernels import attention_kernels, linear_kernels
 from effc.compiler.machine import usable_cores
 from effc.compiler.manifest import Manifest
@@ -32,6 +42,7 @@ from effc.suggest import did_you_mean
 
 MANIFEST_NAME = "effc.json"
 MODEL_NAME = "model.onnx"
+GENERATION_NAME = "generation.onnx"
 SCHEMA_VERSION = 1
 
 _COMPILE_AGAIN = "Compile the model again, or copy the whole artifact directory again."
@@ -102,6 +113,8 @@ class CompiledModel:
         self._providers = tuple(providers)
         self._kernels: dict[str, str] | None = None
         self._kernels_lock = threading.Lock()
+        self._generator: Generator | None = None
+        self._generator_lock = threading.Lock()
         try:
             self.session = onnxruntime.InferenceSession(str(path / MODEL_NAME), options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own.
@@ -150,6 +163,88 @@ class CompiledModel:
             torch = sys.modules["torch"]
             values = [torch.from_numpy(value).to(device) for value in values]
         return Outputs(dict(zip(self.output_names, values, strict=True)))
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        streamer: Streamer | Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Write on from a batch of prompts.
+
+        Args:
+            input_ids: int ``[batch, length]``.
+            attention_mask: ``[batch, length]``, 0 for padding. Padding that is not in front of its prompt is moved
+                there.
+            streamer: a streamer of transformers, which is told the prompts too, or a function of each step's tokens
+                ``[batch]``.
+            **options: as for :meth:`stream`.
+
+        Returns:
+            The prompts and what was written, ``[batch, length + new]``; a torch tensor if ``input_ids`` was one.
+
+        Raises:
+            UsageError, OutputError: see :meth:`stream`.
+        """
+        prompt = self._prompt(input_ids, attention_mask)
+        new = self._stream(prompt, options)
+        if streamer is not None and hasattr(streamer, "put"):
+            streamer.put(prompt.tokens)
+        steps = [prompt.tokens]
+        for tokens in new:
+            tell(streamer, tokens)
+            steps.append(tokens[:, None])
+        if streamer is not None and hasattr(streamer, "end"):
+            streamer.end()
+        return _like_input(np.concatenate(steps, axis=1), input_ids)
+
+    def stream(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Iterator[Any]:
+        """Write on from a batch of prompts, and hand out each step's tokens ``[batch]`` as soon as they are there.
+
+        Args:
+            input_ids, attention_mask: as for :meth:`generate`.
+            **options: ``max_new_tokens``, ``eos_token_id``, ``pad_token_id`` (see :meth:`Generator.stream`) and
+                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``seed`` (see
+                :class:`SamplingSettings`). Without any of the latter each token is the most likely one.
+
+        Raises:
+            UsageError: if this is no artifact that generates, an option is unknown or out of range, or the text would
+                be longer than the model's positions.
+            OutputError: if the generating graph is missing or damaged.
+        """
+        return (_like_input(tokens, input_ids) for tokens in self._stream(self._prompt(input_ids, attention_mask), options))
+
+    def generator(self) -> Generator:
+        """The generating graph, loaded on first use.
+
+        Raises:
+            UsageError: if the artifact has none.
+            OutputError: if its files are missing or damaged.
+        """
+        with self._generator_lock:
+            if self._generator is None:
+                record = generation_record(self.manifest)
+                names = [name for name in self.manifest.files if name.startswith(record.file)]
+                check_files(self.path, self.manifest, names)
+                session = onnxruntime.InferenceSession(
+                    str(self.path / record.file), self._options, providers=list(self._providers)
+                )
+                self._generator = Generator(session, record, self.manifest.source.max_length)
+            return self._generator
+
+    def _prompt(self, input_ids: Any, attention_mask: Any) -> Prompt:
+        generation_record(self.manifest)
+        given = {"input_ids": _to_numpy(input_ids), "attention_mask": _to_numpy(attention_mask)}
+        known = {name: value for name, value in given.items() if value is not None}
+        feeds = prepare_inputs(known, self._specs, self.manifest.source.max_length)
+        mask = feeds.get("attention_mask")
+        return align_left_padded(feeds["input_ids"], None if mask is None else mask.astype(bool))
+
+    def _stream(self, prompt: Prompt, options: Mapping[str, Any]) -> Iterator[Any]:
+        own, sampling = split_options(options)
+        return self.generator().stream(prompt, sampling=sampling, **own)
 
     def kernels(self) -> dict[str, str]:
         """What really runs, from a profile of one short run: attention layers first, then matrix products.
@@ -344,6 +439,10 @@ def _to_numpy(value: Any) -> NDArray[Any] | Any:
     value = value.detach().cpu()
     # numpy knows no bfloat16.
     return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _like_input(tokens: NDArray[Any], given: Any) -> Any:
+    return sys.modules["torch"].from_numpy(tokens).to(given.device) if _is_torch(given) else tokens
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from effc.compiler.checkpoint import CONFIG_FILE, check_whole, damaged, fingerprint, read_json, weight_files
 from effc.compiler.hub import download, is_hub_name
-from effc.compiler.manifest import SourceRecord
+from effc.compiler.manifest import PositionsRecord, SourceRecord
 from effc.compiler.recipe import ModelSection
 from effc.compiler.tasks import Task, features_of, resolve_task
 from effc.errors import EffcError, MissingDependencyError, SourceModelError, UsageError
@@ -87,6 +87,7 @@ class SourceModel:
         max_length: positions that can be used, in tokens; None if nothing bounds them.
         parameters: number of distinct weights.
         warnings: what is unusual about the checkpoint, as full sentences.
+        positions: how positions were extended and thinned out since it was loaded, None if they were not.
     """
 
     located: Located
@@ -97,6 +98,7 @@ class SourceModel:
     max_length: int | None
     parameters: int
     warnings: list[str] = field(default_factory=list)
+    positions: PositionsRecord | None = None
 
     def record(self) -> SourceRecord:
         """The source as ``effc.json`` tells of it."""
@@ -153,7 +155,7 @@ def load(located: Located) -> SourceModel:
     with _quiet():
         model, info = _load_weights(located)
         notes: list[str] = []
-        if located.config.is_encoder_decoder:
+        if located.config.is_encoder_decoder and located.task.name != "seq2seq-lm":
             whole, model = model, _encoder_of(model, located)
             missing = _names_within(whole, model, info["missing_keys"])
             notes.append(f"Only the encoder of this '{located.config.model_type}' model is compiled.")

@@ -1,7 +1,7 @@
 """What a model can be compiled for, and how that is read from its config.
 
-Encoder-decoder models (BART, T5, Whisper) are compiled as their encoder, for feature extraction; their decoders with
-cross-attention are not compiled yet.
+Encoder-decoder models (BART, T5, Whisper) are compiled as their encoder, for feature extraction, unless ``seq2seq-lm``
+is asked for: then one graph holds encoder and decoder, for a source text and the whole target text.
 
 Importing this module imports neither torch nor transformers: the recipe needs the names only.
 """
@@ -29,7 +29,8 @@ class Task:
         modality: what the model reads.
         auto_class: the class of ``transformers`` that loads a checkpoint for it.
         architecture_endings: how the class names in ``config.architectures`` end that mean this task. Empty for
-            feature extraction, which every model can do and which is chosen when no other task fits.
+            feature extraction, which every model can do and which is chosen when no other task fits, and for
+            ``seq2seq-lm``, which has to be asked for.
     """
 
     name: str
@@ -46,6 +47,7 @@ TASKS: dict[str, Task] = {
         Task("token-classification", "text", "AutoModelForTokenClassification", ("ForTokenClassification",)),
         Task("masked-lm", "text", "AutoModelForMaskedLM", ("ForMaskedLM", "WithLMHeadModel")),
         Task("causal-lm", "text", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+        Task("seq2seq-lm", "text", "AutoModelForSeq2SeqLM"),
         Task("image-feature-extraction", "images", "AutoModel"),
         Task("image-classification", "images", "AutoModelForImageClassification", ("ForImageClassification",)),
         Task("audio-feature-extraction", "audio", "AutoModel"),
@@ -111,11 +113,11 @@ def _check_possible(config: PreTrainedConfig, task: Task, detected: Task) -> Non
             f"The task '{task.name}' is for models that read {task.modality}, and {kind} reads {detected.modality}.",
             f"Leave --task out; effc would choose '{detected.name}'.",
         )
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and task.name != "seq2seq-lm":
         raise SourceModelError(
             f"The task '{task.name}' cannot be compiled for {kind}: of encoder-decoder models effc compiles the "
-            "encoder only.",
-            f"Use --task {detected.name}, or leave --task out.",
+            "encoder only, or both parts for seq2seq-lm.",
+            f"Use --task {detected.name} or --task seq2seq-lm, or leave --task out.",
         )
     mapping = getattr(transformers, task.auto_class)._model_mapping
     if type(config) not in mapping and task.auto_class not in (getattr(config, "auto_map", None) or {}):
@@ -132,10 +134,19 @@ def _check_possible(config: PreTrainedConfig, task: Task, detected: Task) -> Non
         )
 
 
+def _classifies_images(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint was trained as an image classifier (``CLIPForImageClassification``)."""
+    return any(name.endswith("ForImageClassification") for name in config.architectures or ())
+
+
 def _modality(config: PreTrainedConfig, requested: str | None) -> Modality:
     from transformers import MODEL_MAPPING
 
-    # A composite config describes one model per modality; with an explicit text task its text part alone is run.
+    # A composite config describes one model per modality; its image classifier runs the vision part alone.
+    wanted = [requested] if requested else [TASKS["image-classification"].name] * _classifies_images(config)
+    if wanted == ["image-classification"] and getattr(config, "vision_config", None):
+        return "images"
+    # With an explicit text task its text part alone is run.
     parts = [part for part in ("text_config", "vision_config", "audio_config") if getattr(config, part, None)]
     if len(parts) > 1:
         if requested == "causal-lm":

@@ -18,11 +18,13 @@ def dense_twin(manifest: Manifest) -> Path:
     path = cache_directory() / "twin" / manifest.export_key / MODEL_NAME
     if path.is_file():
         return path
-    from effc.compiler.exported import export_key, exported_graph, twin_of
+    from effc.compiler.exported import export_now, exported_graph, twin_of
     from effc.compiler.pipeline import rewrite
+    from effc.compiler.positions import repeat_positions
     from effc.compiler.recipe import build_recipe
     from effc.compiler.source import load, locate
     from effc.errors import SourceModelError
+    from effc.passes.attention_settings import AttentionSection
 
     recipe = build_recipe(manifest.recipe, origin="effc.json")
     # Code from a checkpoint runs only where the user says so in this very call.
@@ -34,6 +36,8 @@ def dense_twin(manifest: Manifest) -> Path:
             "Compile it again, or benchmark on the machine that compiled it.",
         )
     source = load(located)
-    layers = rewrite(source, recipe.attention).layers
+    repeat_positions(source, recipe.positions, manifest)
+    # The twin has the source's attention, so that it does not matter which form the artifact has.
+    layers = rewrite(source, AttentionSection()).layers
     exported, _ = exported_graph(source, layers)
-    return twin_of(exported, export_key(source, layers), layers)
+    return twin_of(exported, manifest.export_key, layers, lambda: export_now(source))

@@ -21,7 +21,7 @@ from effc.compiler.data import (
     tokenize,
     word_class_ids,
 )
-from effc.compiler.inputs import input_names
+from effc.compiler.inputs import input_names, token_mask
 from effc.compiler.manifest import OutputDeviation, SourceRecord, VerifyRecord
 from effc.compiler.metrics import COMPARED_OUTPUTS, DeviationSum, shared_outputs
 from effc.compiler.quality import (
@@ -122,6 +122,9 @@ def verify(
     else:
         batches, total = tokenize(texts, model.processor, limit, batch_size, "np", input_names(model)), len(texts)
     result = compare(torch_runner(model), _compiled_runner(compiled), batches, quality, progress, total)
+    from effc.compiler.verify_extended import reaches_beyond, verify_extended
+
+    extended = verify_extended(model, compiled, texts, seed) if reaches_beyond(manifest, model) else None
     return VerifyRecord(
         data=f"random {'tokens' if model.task.modality == 'text' else model.task.modality}"
         if data is None
@@ -140,6 +143,7 @@ def verify(
             "seconds_source": round(result.seconds[0], 3),
             "seconds_compiled": round(result.seconds[1], 3),
         },
+        extended=extended,
     )
 
 
@@ -173,7 +177,7 @@ def compare(
         actual = candidate(batch)
         seconds[0] += middle - start
         seconds[1] += time.perf_counter() - middle
-        mask = batch.get("attention_mask")
+        mask = token_mask(batch)
         for name in shared_outputs(expected, actual):
             sums.setdefault(name, DeviationSum(logits=name == "logits")).update(expected[name], actual[name], mask)
         quality.update(batch, expected, actual)
@@ -207,7 +211,7 @@ def choose_quality(source: SourceModel, samples: list[Sample] | None, max_length
         return ClassQuality(class_ids(samples, names) if samples and labelled else None)
     if task == "token-classification":
         return TokenClassQuality(_token_labels(source, samples, names, max_length) if samples and labelled else None)
-    if samples is None:
+    if samples is None or task == "seq2seq-lm":
         return CosineQuality()
     if task == "causal-lm":
         return PerplexityQuality()

@@ -1,169 +1,155 @@
-"""Replace a model's attention by a pattern, through transformers' attention interface and nothing else."""
+"""Replace a model's attention by other forms, through transformers' attention interface and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
-from effc.errors import PassFailedError, PreconditionError
+from effc.errors import PreconditionError
+from effc.passes.assign_attention import forms_of_layers, within_own_window
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.base import Pass, PassResult
+from effc.passes.bypassing import BYPASSES
+from effc.passes.observed_attention import ObservedAttention
 from effc.plugins.forms.base import AttentionForm
-from effc.plugins.forms.registry import parse_form
-from effc.plugins.forms.terms import Local
-from effc.plugins.hook import LayerPlan, ObservedLayer, assign, observe
-from effc.plugins.operator import AttentionGeometry
-from effc.plugins.pattern import Pattern
+from effc.plugins.forms.heads import HeadForms
+from effc.plugins.forms.terms import Dense, Sinks
+from effc.plugins.hook import LayerPlan, ObservedLayer
+from effc.plugins.pattern import DENSE, Pattern
 from effc.suggest import did_you_mean
-
-# What the hook may differ from the model's own attention, in fp32, before anything is rewritten.
-_FAITHFUL = 1e-3
 
 
 class RewriteAttention(Pass[PreTrainedModel, PreTrainedModel]):
-    """Give every attention module that comes through the interface the pattern of the recipe.
+    """Give every attention module that comes through the interface the form that the recipe has for it.
 
     Args:
-        settings: the recipe's ``attention`` section.
+        settings: the recipe's ``attention`` section; its pattern must be a form, not a search for one.
         inputs: forward arguments for one observing run.
+        processor: the model's tokenizer, for forms that name tokens.
+        observed: the model's modules, where they have been observed already.
 
-    After :meth:`run`, ``layers`` holds what was found and decided, in execution order.
+    After :meth:`run`, ``layers`` holds what was found and decided, in execution order, and ``observed`` lets forms be
+    changed again.
     """
 
     name: ClassVar[str] = "rewrite-attention"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
-    def __init__(self, settings: AttentionSection, inputs: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        settings: AttentionSection,
+        inputs: Mapping[str, torch.Tensor],
+        processor: Any | None = None,
+        observed: ObservedAttention | None = None,
+    ):
         self.settings: AttentionSection = settings
-        self._inputs = inputs
-        self._form = parse_form(settings.pattern)
+        self.observed = observed
+        self._inputs, self._processor = inputs, processor
         self.layers: list[tuple[ObservedLayer, LayerPlan, str | None]] = []
-
-    def requires(self, model: PreTrainedModel) -> None:
-        """The architecture must use the attention interface.
-
-        Raises:
-            PreconditionError: naming the architecture.
-        """
-        if not model._can_set_attn_implementation():
-            raise PreconditionError(
-                f"{type(model).__name__} does not use transformers' attention interface, so its attention would stay "
-                "dense whatever pattern is asked for.",
-                "Compile a model of an architecture that does (BERT, RoBERTa, ModernBERT, Llama, ...).",
-            )
+        self.bypassing: list[str] = []
 
     def run(self, model: PreTrainedModel) -> PassResult[PreTrainedModel]:
         """Observe, decide and assign.
 
         Raises:
-            PreconditionError: if no module can be rewritten, or an exclusion matches nothing.
+            PreconditionError: if no module can be rewritten, a module cannot compute its form, or an exclusion or a
+                range of layers matches nothing.
             PassFailedError: if the hook does not reproduce the model's own attention.
         """
-        self.requires(model)
-        with torch.no_grad():
-            before = model(**self._inputs)
-        observed, after = observe(model, self._inputs)
-        architecture = type(model).__name__
-        if not observed:
-            raise PreconditionError(
-                f"No attention module of {architecture} comes through transformers' attention interface.",
-                "Compile a model of an architecture that uses it.",
-            )
-        unsupported = [layer for layer in observed if layer.visibility.unsupported]
-        if len(unsupported) == len(observed):
-            raise PreconditionError(
-                f"The attention of {architecture} cannot be rewritten: {observed[0].visibility.unsupported} "
-                f"({observed[0].name}).",
-                "Compile a model whose attention depends on positions and padding only.",
-            )
-        unreadable = [layer for layer in unsupported if not layer.visibility.readable]
-        if unreadable:
-            raise PreconditionError(
-                f"{unreadable[0].name} of {architecture} cannot be compiled: {unreadable[0].visibility.unsupported}.",
-                "Compile a model whose attention masks depend on distance and padding only.",
-            )
-        self._check_faithful(architecture, before, after)
-        self._check_exclusions(observed)
-        self.layers = [self._decide(layer) for layer in observed]
-        assign({layer.module: plan for layer, plan, _ in self.layers})
-        changed = [layer.name for layer, plan, reason in self.layers if reason is None]
+        observed = self.observed or ObservedAttention(model, self._inputs, self._processor)
+        self.observed = observed
+        names = [layer.name for layer in observed.layers]
+        check_exclusions(self.settings, [*names, *observed.bypassing])
+        wanted = dict.fromkeys(names, DENSE) | forms_of_layers(
+            self.settings, numbered_layers(observed.layers, self.settings)
+        )
+        decided = {layer.name: decide(observed, layer, wanted[layer.name], self.settings) for layer in observed.layers}
+        plans = observed.use({name: form for name, (form, _) in decided.items()})
+        self.layers = [(layer, plans[layer.name], decided[layer.name][1]) for layer in observed.layers]
+        changed = [layer.name for layer, _, reason in self.layers if reason is None]
         skipped = [(layer.name, reason) for layer, _, reason in self.layers if reason is not None]
-        skipped += [(name, "does not use the attention interface") for name in _bypassing(model, observed)]
-        return PassResult(model, bool(changed), changed, skipped, {"attention_modules": len(observed)})
+        self.bypassing = [name for name in observed.bypassing if not excluded(name, self.settings)]
+        skipped += [(name, BYPASSES) for name in observed.bypassing]
+        return PassResult(model, bool(changed), changed, skipped, {"attention_modules": len(names)})
 
     def unwanted(self) -> list[tuple[str, str]]:
         """Layers that stayed dense although a pattern was asked for them: ``(module, reason)``."""
-        if self._form.is_dense:
-            return []
-        return [(layer.name, reason or "") for layer, plan, reason in self.layers if plan.geometry is None]
-
-    def _decide(self, layer: ObservedLayer) -> tuple[ObservedLayer, LayerPlan, str | None]:
-        source = layer.visibility
-        if source.unsupported:
-            return layer, LayerPlan(layer.name, source, None), source.unsupported
-        form, reason = self._form, None
-        if any(fnmatchcase(layer.name, glob) for glob in self.settings.exclude):
-            form, reason = source.pattern, "excluded by the recipe"
-        elif _narrower(source.pattern, form, source.causal):
-            form = source.pattern
-            reason = f"keeps the model's own {source.pattern}, which is at most as wide"
-        elif form == source.pattern:
-            reason = f"is {source.pattern} already"
-        geometry = AttentionGeometry(form, source.causal, layer.num_heads, layer.kv_heads, layer.head_dim, layer.scale)
-        return layer, LayerPlan(layer.name, source, geometry), reason
-
-    def _check_exclusions(self, observed: list[ObservedLayer]) -> None:
-        names = [layer.name for layer in observed]
-        for glob in self.settings.exclude:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise PreconditionError(
-                    f"The attention exclusion '{glob}' matches no attention module.", did_you_mean(glob, names)
-                )
-
-    def _check_faithful(self, architecture: str, before: ModelOutput, after: ModelOutput) -> None:
-        mask = self._inputs.get("attention_mask")
-        for name, reference in before.items():
-            if not isinstance(reference, torch.Tensor) or not torch.is_floating_point(reference):
-                continue
-            difference, size = after[name] - reference, reference
-            if mask is not None and reference.shape[:2] == mask.shape:
-                difference, size = difference[mask.bool()], reference[mask.bool()]
-            error = float(difference.norm() / size.norm().clamp_min(1e-12))
-            if not error <= _FAITHFUL:
-                raise PassFailedError(
-                    f"effc's attention hook does not reproduce {architecture}: output '{name}' is off by {error:.2g}.",
-                    "This architecture gives its attention arguments that effc does not know; please report it.",
-                )
+        wanted = forms_of_layers(self.settings, numbered_layers((layer for layer, _, _ in self.layers), self.settings))
+        kept = [
+            (layer.name, reason or "")
+            for layer, plan, reason in self.layers
+            if plan.geometry is None and layer.name in wanted and not wanted[layer.name].is_dense
+        ]
+        return kept + [(name, BYPASSES) for name in self.bypassing if self.settings.wants_rewrite]
 
 
-def _narrower(own: Pattern, wanted: AttentionForm, causal: bool) -> bool:
-    """Whether the model's own window is kept: it lies inside the wanted form, or no window is wanted at all."""
-    inner = own.interval(causal)
-    if inner is None:
-        return False
-    if not isinstance(wanted, Pattern) or wanted.is_dense:
-        return True
-    reaches = [term.reach(causal) for term in wanted.terms if isinstance(term, Local)]
-    return any(inner[0] <= left and inner[1] <= right for left, right in reaches)
+def numbered_layers(layers: Iterable[ObservedLayer], settings: AttentionSection) -> list[str]:
+    """The modules that forms are asked for, in the order in which ranges number them."""
+    return [layer.name for layer in layers if not layer.cross or settings.cross_attention]
 
 
-def _bypassing(model: torch.nn.Module, observed: list[ObservedLayer]) -> list[str]:
-    """Modules named like attention that neither came through the hook nor contain or belong to one that did."""
-    seen = [layer.name for layer in observed]
+def decide(
+    observed: ObservedAttention, layer: ObservedLayer, wanted: AttentionForm, settings: AttentionSection
+) -> tuple[AttentionForm, str | None]:
+    """What a layer computes that is asked for ``wanted``, and why it is not rewritten, or None if it is.
 
-    def related(name: str) -> bool:
-        return any(s == name or s.startswith(f"{name}.") or name.startswith(f"{s}.") for s in seen)
+    Raises:
+        PreconditionError: if the layer cannot compute the form.
+    """
+    source = layer.visibility
+    if source.unsupported:
+        return source.pattern, source.unsupported
+    if layer.cross and not settings.cross_attention:
+        return source.pattern, "cross-attention stays as it is unless attention.cross_attention is set"
+    if excluded(layer.name, settings):
+        return source.pattern, "excluded by the recipe"
+    if layer.cross:
+        check_between_texts(wanted, layer.name)
+    form = within_own_window(source.pattern, observed.checked(wanted, layer), source.causal)
+    if form == wanted == source.pattern:
+        return form, f"is {source.pattern} already"
+    if form == source.pattern:
+        return form, f"keeps the model's own {source.pattern}, which is at most as wide"
+    return form, None
 
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention") and name and not related(name)
-    ]
+
+def check_exclusions(settings: AttentionSection, names: list[str]) -> None:
+    """Make sure that every exclusion matches a module.
+
+    Raises:
+        PreconditionError: naming the one that does not.
+    """
+    for glob in settings.exclude:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise PreconditionError(
+                f"The attention exclusion '{glob}' matches no attention module.", did_you_mean(glob, names)
+            )
+
+
+def excluded(name: str, settings: AttentionSection) -> bool:
+    """Whether the section leaves a module as it is."""
+    return any(fnmatchcase(name, glob) for glob in settings.exclude)
+
+
+def check_between_texts(form: AttentionForm, layer: str) -> None:
+    """Make sure that a form asks for no distance between positions of two different texts.
+
+    Raises:
+        PreconditionError: naming the layer and forms that cross-attention can compute.
+    """
+    parts = [part for part, _ in form.parts] if isinstance(form, HeadForms) else [form]
+    for part in parts:
+        if isinstance(part, Pattern) and not all(isinstance(term, (Dense, Sinks)) for term in part.terms):
+            raise PreconditionError(
+                f"{layer} is cross-attention, and '{part}' compares positions of its two texts, which do not belong "
+                "together.",
+                "Leave attention.cross_attention out, or choose by content for these layers, for example "
+                '{"*EncDecAttention": "topk:64"}.',
+            )
 
 
 def describe(layers: list[tuple[ObservedLayer, LayerPlan, str | None]]) -> list[dict[str, Any]]:
@@ -177,6 +163,7 @@ def describe(layers: list[tuple[ObservedLayer, LayerPlan, str | None]]) -> list[
             "num_heads": layer.num_heads,
             "kv_heads": layer.kv_heads,
             "head_dim": layer.head_dim,
+            "bias": str(layer.bias) if layer.bias is not None else None,
             "rewritten": reason is None,
             "reason": reason,
         }

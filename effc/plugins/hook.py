@@ -9,7 +9,7 @@ length x length mask is ever built into a graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,20 +21,22 @@ from effc.plugins.operator import AttentionGeometry, emit
 from effc.plugins.pattern import Pattern
 from effc.plugins.reference import attend
 from effc.plugins.reference.softmax import distance_bias, visible_pairs
-from effc.plugins.visibility import Visibility, read_mask_function
+from effc.plugins.score_bias import NoDistanceBias, ScoreBias, read_score_bias
+from effc.plugins.visibility import Visibility, read_mask_function, read_mask_tensor
 
 IMPLEMENTATION = "effc"
-
-# Arguments that change what attention computes, which the operator does not know but the torch path below does.
-_UNSUPPORTED_ARGUMENTS = {
-    "position_bias": "it adds a relative position bias to the scores",
-    "softcap": "it caps the scores",
-}
 
 
 @dataclass
 class ObservedLayer:
-    """One attention module as seen in a forward run."""
+    """One attention module as seen in a forward run.
+
+    Attributes:
+        bias: what it adds to the scores by distance, or None.
+        cross: whether its keys come from another text than its queries.
+        own_mask: whether the mask that it was given is the model's own make, so that padding has to be taken from the
+            model's input.
+    """
 
     name: str
     module: torch.nn.Module
@@ -43,6 +45,9 @@ class ObservedLayer:
     kv_heads: int
     head_dim: int
     scale: float
+    bias: ScoreBias | None = None
+    cross: bool = False
+    own_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class LayerPlan:
 @dataclass
 class _Observation:
     names: dict[torch.nn.Module, str]
+    padding: torch.Tensor | None = None
     layers: dict[torch.nn.Module, ObservedLayer] = field(default_factory=dict)
     # Keeps each mask alive as long as its id is used as a key.
     masks: dict[int, tuple[torch.Tensor, Visibility]] = field(default_factory=dict)
@@ -67,6 +73,8 @@ class _Observation:
 _plans: weakref.WeakKeyDictionary[torch.nn.Module, LayerPlan] = weakref.WeakKeyDictionary()
 # For each module whose form names tokens: where they stand in the input that runs now, [batch, length] bool.
 _marks: weakref.WeakKeyDictionary[torch.nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
+# For each module whose model builds a mask of its own: the padding mask of the input that runs now.
+_paddings: weakref.WeakKeyDictionary[torch.nn.Module, torch.Tensor | None] = weakref.WeakKeyDictionary()
 _observation: _Observation | None = None
 
 PARAMETERS = "effc_attention"
@@ -93,7 +101,7 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple
     Returns:
         The attention modules that came through the hook, in execution order, and the model's outputs.
     """
-    observation = _Observation({module: name for name, module in model.named_modules()})
+    observation = _Observation({module: name for name, module in model.named_modules()}, inputs.get("attention_mask"))
     model.set_attn_implementation(IMPLEMENTATION)
     with _observing(observation), torch.no_grad():
         outputs = model(**inputs)
@@ -103,6 +111,9 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple
 def assign(layers: Mapping[torch.nn.Module, LayerPlan]) -> None:
     """Set what each attention module computes in eager mode and in an export."""
     _plans.update(layers)
+    for module in layers:
+        # Marks are made anew by every run; those of a form that a module no longer has would stay.
+        _marks.pop(module, None)
 
 
 def mark_tokens(model: PreTrainedModel, modules: Mapping[torch.nn.Module, tuple[int, ...]]) -> None:
@@ -115,6 +126,19 @@ def mark_tokens(model: PreTrainedModel, modules: Mapping[torch.nn.Module, tuple[
             _marks.update({module: places for module, tokens in modules.items() if tokens == wanted})
 
     model.register_forward_pre_hook(mark, with_kwargs=True)
+
+
+def mask_by_input(model: PreTrainedModel, modules: Collection[torch.nn.Module]) -> None:
+    """Give each module, on every run of the model, the ``attention_mask`` of the input instead of the model's own make.
+
+    What the model builds is then computed for nothing, and an export leaves it out.
+    """
+
+    def remember(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        mask = named.get("attention_mask")
+        _paddings.update(dict.fromkeys(modules, mask))
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
 
 
 def _mask(
@@ -152,23 +176,17 @@ def _attention(
     """The interface's attention: ``[batch, heads, length, head_dim]`` in, ``[batch, length, heads, head_dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if _observation is not None:
-        visibility = _source_visibility(_observation, module, query, key, value, attention_mask, is_causal, kwargs)
-        if module not in _observation.layers:
-            _observation.layers[module] = ObservedLayer(
-                _observation.names.get(module, type(module).__name__),
-                module,
-                visibility,
-                query.shape[1],
-                key.shape[1],
-                query.shape[-1],
-                float(scale),
-            )
-        return _torch_attention(query, key, value, attention_mask, visibility, scale, kwargs), None
+        layer = _observation.layers.get(module)
+        if layer is None:
+            layer = _observed(_observation, module, query, key, value, attention_mask, is_causal, scale, kwargs)
+            _observation.layers[module] = layer
+        return _torch_attention(query, key, value, attention_mask, layer.visibility, scale, kwargs), None
     plan = _plans[module]
     geometry = plan.geometry
     if geometry is None:
         return _torch_attention(query, key, value, attention_mask, plan.visibility, scale, kwargs), None
     extras = _extras(module, plan)
+    attention_mask = _paddings.get(module, attention_mask)
     if torch.compiler.is_exporting():
         return emit(geometry, plan.name, query, key, value, attention_mask, extras), None
     if isinstance(geometry.form, Pattern):
@@ -205,7 +223,7 @@ def _masked_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bias = distance_bias(query.shape[2], key.shape[2], extras)
-    mask = None
+    mask = visible = None
     if not pattern.is_dense or causal or key_mask is not None:
         visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras)
         mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
@@ -214,10 +232,13 @@ def _masked_attention(
         # The sum of a bias and the dtype's minimum would overflow.
         mask = bias if mask is None else torch.where(mask < 0, mask, bias)
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if visible is not None:
+        # A softmax over nothing is uniform: rows that see no key are defined to be zero.
+        attended = attended * visible.any(dim=-1, keepdim=True)
     return attended.transpose(1, 2)
 
 
-def _source_visibility(
+def _observed(
     observation: _Observation,
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -225,8 +246,11 @@ def _source_visibility(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     is_causal: bool | None,
+    scale: float,
     kwargs: Mapping[str, Any],
-) -> Visibility:
+) -> ObservedLayer:
+    """What the first call of a module tells of it."""
+    added, own_mask = kwargs.get("position_bias"), False
     remembered = observation.masks.get(id(attention_mask))
     if remembered is not None:
         visibility = remembered[1]
@@ -234,18 +258,30 @@ def _source_visibility(
         # The rule of transformers' sdpa function for modules without a mask.
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         visibility = Visibility(bool(causal) and query.shape[2] > 1)
+    elif attention_mask.ndim == 4 and added is None:
+        visibility, added = read_mask_tensor(attention_mask, observation.padding)
+        own_mask = True
     else:
         visibility = Visibility.unknown("it builds its own attention mask")
-    reasons = [reason for name, reason in _UNSUPPORTED_ARGUMENTS.items() if kwargs.get(name) is not None]
-    if query.shape[2] != key.shape[2]:
-        reasons.append("it is cross-attention")
+    cross = query.shape[2] != key.shape[2]
+    reasons, bias = [], None
+    if added is not None:
+        try:
+            bias = read_score_bias(added, visibility.causal, observation.names)
+        except NoDistanceBias as reason:
+            reasons.append(str(reason))
+    if own_mask and bias is not None and not visibility.pattern.is_dense:
+        reasons.append("it adds a bias to the scores within a window of its own")
+    if kwargs.get("softcap") is not None:
+        reasons.append("it caps the scores")
     if value.shape[-1] != query.shape[-1]:
         reasons.append("its values are not as wide as its keys")
-    if not reasons:
-        return visibility
-    if visibility.unsupported:
-        reasons.append(visibility.unsupported)
-    return replace(visibility, unsupported=" and ".join(reasons))
+    if reasons:
+        reasons += [visibility.unsupported] if visibility.unsupported else []
+        visibility = replace(visibility, unsupported=" and ".join(reasons))
+    name = observation.names.get(module, type(module).__name__)
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+    return ObservedLayer(name, module, visibility, heads, kv_heads, width, float(scale), bias, cross, own_mask)
 
 
 def _torch_attention(

@@ -36,11 +36,13 @@ class AttentionForm(ABC):
         extra_inputs: names of the operator's inputs behind query, key, value and key_mask, in order; each is optional
             in the graph unless the form's definition says otherwise.
         learned: names of those extra inputs that are parameters of the layer.
+        supports_causal: False if a form mixes positions in such a way that none can be hidden from earlier ones.
     """
 
     op_type: ClassVar[str]
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     learned: ClassVar[tuple[str, ...]] = ()
+    supports_causal: ClassVar[bool] = True
 
     @abstractmethod
     def __str__(self) -> str: ...
@@ -49,6 +51,11 @@ class AttentionForm(ABC):
     def is_dense(self) -> bool:
         """True if the form is ordinary softmax attention over every key."""
         return False
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the form's parameters cover; None if any."""
+        return None
 
     @property
     def needs_recovery(self) -> bool:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from effc.errors import UsageError
 from effc.plugins.forms.base import AttentionForm
+from effc.plugins.forms.chunked import CHUNKED_FORMS
+from effc.plugins.forms.content import CONTENT_FORMS
+from effc.plugins.forms.dense_chunked import DENSE_CHUNKED_FORMS
 from effc.plugins.forms.entry import FormEntry
 from effc.plugins.forms.heads import HeadForms, parse_ranges
+from effc.plugins.forms.hierarchical import HIERARCHICAL_FORMS
+from effc.plugins.forms.linear import LINEAR_FORMS
+from effc.plugins.forms.low_rank import LOW_RANK_FORMS
 from effc.plugins.forms.position_entries import POSITION_FORMS
 from effc.plugins.forms.terms import Term
 from effc.plugins.pattern import Pattern, union
 from effc.suggest import did_you_mean
 
-FORMS: dict[str, FormEntry] = {**POSITION_FORMS}
+FORMS: dict[str, FormEntry] = {**POSITION_FORMS, **LINEAR_FORMS, **LOW_RANK_FORMS, **HIERARCHICAL_FORMS, **CHUNKED_FORMS, **DENSE_CHUNKED_FORMS, **CONTENT_FORMS}
 
 
 def parse_form(text: str) -> AttentionForm:

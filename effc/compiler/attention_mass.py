@@ -1,0 +1,397 @@
+"""Where a model's own attention goes: its mass by distance, and what share of it a pattern would keep.
+
+The model runs with an attention function that computes what transformers' eager function does, some rows at a time, and
+adds the weights of those rows up. Neither a layer's weights nor a text's are ever held as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effc.compiler.calibration_text import CalibrationText, calibration_text
+from effc.compiler.recipe import build_recipe
+from effc.errors import PassFailedError, PreconditionError, UsageError
+from effc.plugins.forms.base import AttentionForm
+from effc.plugins.forms.heads import HeadForms
+from effc.plugins.forms.registry import parse_form
+from effc.plugins.pattern import Pattern
+
+if TYPE_CHECKING:
+    import torch
+
+    from effc.compiler.source import SourceModel
+    from effc.plugins.hook import ObservedLayer
+
+Progress = Callable[[str, int, int], None]
+DEFAULT_CANDIDATES = ("local:64", "local:128", "local:256", "local:512", "local:256|sinks:4", "local:256|global:1")
+_IMPLEMENTATION = "effc-attention-mass"
+# Weights that are alive at a time, in numbers.
+_WEIGHTS = 1 << 22
+# What the streaming function may differ from the model's own attention.
+_FAITHFUL = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerMass:
+    """The attention of one module, averaged over the real (not padded) queries of all texts.
+
+    Attributes:
+        layer: the module's name.
+        causal: whether it sees only what lies before.
+        mass: ``[heads, 2 * longest - 1]``: share of a query's attention at ``query - key`` from ``1 - longest`` on.
+            Rows add up to 1.
+        kept: by candidate, ``[heads]``: share of the attention that lies on pairs the candidate sees.
+    """
+
+    layer: str
+    causal: bool
+    mass: NDArray[np.float64]
+    kept: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def mean_distance(self) -> NDArray[np.float64]:
+        """``[heads]``: mean of ``|query - key|`` under the attention."""
+        longest = (self.mass.shape[1] + 1) // 2
+        return self.mass @ np.abs(np.arange(1 - longest, longest)).astype(np.float64)
+
+    def by_distance(self, edges: Sequence[int]) -> NDArray[np.float64]:
+        """``[heads, len(edges) - 1]``: mass at absolute distances from one edge up to, not including, the next."""
+        longest = (self.mass.shape[1] + 1) // 2
+        distance = np.abs(np.arange(1 - longest, longest))
+        columns = [
+            self.mass[:, (distance >= a) & (distance < b)].sum(axis=1) for a, b in zip(edges, edges[1:], strict=False)
+        ]
+        return np.stack(columns, axis=1)
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """The attention of a model on some texts.
+
+    Attributes:
+        model: where the model is from.
+        data: where the texts are from.
+        samples: number of texts.
+        tokens: real tokens in all.
+        longest: tokens of the longest.
+        candidates: the forms that were tried, in canonical text form.
+        layers: in execution order.
+    """
+
+    model: str
+    data: str
+    samples: int
+    tokens: int
+    longest: int
+    candidates: tuple[str, ...]
+    layers: tuple[LayerMass, ...]
+
+    def overall(self, candidate: str) -> float:
+        """Mean share of attention that a candidate keeps, over all layers and heads."""
+        return float(np.mean(np.concatenate([layer.kept[candidate] for layer in self.layers])))
+
+    def edges(self) -> list[int]:
+        """Edges of the distance bins of pictures and JSON: 0, 1, 2, 4, 8 ... beyond the longest text."""
+        edges = [0, 1]
+        while edges[-1] < self.longest:
+            edges.append(edges[-1] * 2)
+        return edges
+
+    def save(self, path: str | Path) -> None:
+        """Draw mass over distance and mean distances; the suffix (.png, .svg, .pdf) says what kind of image.
+
+        Raises:
+            UsageError: if the format is unknown.
+        """
+        from effc.compiler.attention_mass_plot import mass_figure
+        from effc.compiler.attention_pictures import save_figure
+
+        save_figure(mass_figure(self), path)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with mass by bins of distance in place of every distance."""
+        edges = self.edges()
+        return {
+            "model": self.model,
+            "data": self.data,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "longest": self.longest,
+            "distance_edges": edges,
+            "kept": {candidate: self.overall(candidate) for candidate in self.candidates},
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "causal": layer.causal,
+                    "mean_distance": layer.mean_distance.tolist(),
+                    "mass_by_distance": layer.by_distance(edges).tolist(),
+                    "kept": {candidate: layer.kept[candidate].tolist() for candidate in self.candidates},
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def attention_mass(
+    model: str | Path,
+    *,
+    text: str | Path,
+    samples: int = 8,
+    max_length: int = 512,
+    candidates: Sequence[str] = (),
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> AttentionMass:
+    """Measure where a model's own, dense attention goes on real texts.
+
+    Args:
+        model: local directory, GGUF file or hub name.
+        text: file with texts, see :func:`effc.compiler.data.read_samples`; long ones among them are taken.
+        samples, max_length: texts and tokens of each at most.
+        candidates: forms whose share of the attention is counted; windows when empty. Each pair counts by the share
+            that ``form.picture`` gives it: 1 where it is attended exactly.
+        task, revision, trust_remote_code: as for :func:`effc.compile`.
+        progress: told of every batch.
+
+    Raises:
+        UsageError: on a candidate that is unknown, or that sees what the content decides.
+        SourceModelError, DataError, PreconditionError: if the model, the texts or its attention cannot be used.
+        PassFailedError: if the attention could not be reproduced.
+    """
+    wanted = [str(candidate) for candidate in candidates] or list(DEFAULT_CANDIDATES)
+    forms = [parse_form(candidate) for candidate in wanted]
+    for form in forms:
+        if form.picture(1, False) is None:
+            raise UsageError(
+                f"What '{form}' sees depends on the text, so its share of the attention is not known beforehand.",
+                "Give position-based candidates, for example local:256|sinks:4.",
+            )
+    values: dict[str, Any] = {
+        "model": {"path": str(model), "task": task, "revision": revision, "trust_remote_code": trust_remote_code},
+        "attention": {"samples": samples, "max_length": max_length, "data": str(text)},
+    }
+    recipe = build_recipe(values, origin="the arguments")
+    from effc.compiler.source import load, locate
+
+    if progress is not None:
+        progress("loading", 0, 0)
+    source = load(locate(recipe.model))
+    texts = calibration_text(recipe, source, "effc attention")
+    return _measure(source, texts, forms, str(model), progress)
+
+
+def _measure(
+    source: SourceModel,
+    texts: CalibrationText,
+    forms: Sequence[AttentionForm],
+    model: str,
+    progress: Progress | None,
+) -> AttentionMass:
+    from effc.compiler.pipeline import observe_attention
+    from effc.compiler.verify import torch_runner
+    from effc.passes.assign_attention import with_token_ids
+
+    run = torch_runner(source)
+    before = run(texts.batches[0])
+    observed = [layer for layer in observe_attention(source).layers if not layer.cross]
+    candidates = [with_token_ids(form, source.processor) for form in forms]
+    sums = {layer.module: _Sums(layer, candidates, texts.longest) for layer in observed}
+    for number, batch in enumerate(texts.batches):
+        if progress is not None:
+            progress("texts", number, len(texts.batches))
+        with _recording(source, sums, batch):
+            after = run(batch)
+        if number == 0:
+            _check_faithful(before, after, batch.get("attention_mask"))
+    if progress is not None:
+        progress("texts", len(texts.batches), len(texts.batches))
+    silent = [item.layer.name for item in sums.values() if not item.queries]
+    if silent:
+        raise PreconditionError(
+            f"The attention of {silent[0]} could not be read.",
+            "Measure an encoder or a decoder of its own, not both in one.",
+        )
+    named = tuple(str(form) for form in forms)
+    return AttentionMass(
+        model,
+        texts.data,
+        len(texts.samples),
+        texts.tokens,
+        texts.longest,
+        named,
+        tuple(item.result(named) for item in sums.values()),
+    )
+
+
+@dataclass
+class _Sums:
+    """Running sums of one module."""
+
+    layer: ObservedLayer
+    forms: Sequence[AttentionForm]
+    longest: int
+    queries: int = 0
+    mass: NDArray[np.float64] = field(init=False)
+    kept: NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mass = np.zeros((self.layer.num_heads, 2 * self.longest - 1))
+        self.kept = np.zeros((len(self.forms), self.layer.num_heads))
+
+    def add(self, weights: torch.Tensor, first: int, real: torch.Tensor, inputs: _Inputs) -> None:
+        """Count rows ``first ...`` of ``weights [batch, heads, rows, keys]`` where ``real [batch, rows]``."""
+        import torch
+
+        weights = weights * real[:, None, :, None]
+        self.queries += int(real.sum())
+        rows, keys = weights.shape[2:]
+        # Shifting each row by one more column lines up equal distances.
+        padded = torch.nn.functional.pad(weights.sum(dim=0).flip(-1), (0, rows))
+        diagonals = padded.flatten(1)[:, : rows * (keys + rows - 1)].unflatten(1, (rows, -1))
+        # Column c of the shifted rows is the distance c + first - (keys - 1).
+        start = first - (keys - 1) + self.longest - 1
+        self.mass[:, start : start + keys + rows - 1] += diagonals.sum(dim=1).double().numpy()
+        for number, form in enumerate(self.forms):
+            seen = inputs.seen(form, self.layer.visibility.causal, first, rows, keys)
+            self.kept[number] += (weights * seen).sum(dim=(0, 2, 3)).double().numpy()
+
+    def result(self, names: Sequence[str]) -> LayerMass:
+        """The means."""
+        shares = self.kept / self.queries
+        return LayerMass(
+            self.layer.name,
+            self.layer.visibility.causal,
+            self.mass / self.queries,
+            dict(zip(names, shares, strict=True)),
+        )
+
+
+class _Inputs:
+    """What the modules of one run need to know of its input."""
+
+    def __init__(self, batch: Mapping[str, Any]):
+        self.ids = np.asarray(batch["input_ids"])
+        mask = batch.get("attention_mask")
+        self.real = np.ones_like(self.ids, dtype=bool) if mask is None else np.asarray(mask).astype(bool)
+        # Every layer asks for the same rows.
+        self._seen: dict[Any, torch.Tensor] = {}
+
+    def seen(self, form: AttentionForm, causal: bool, first: int, rows: int, keys: int) -> torch.Tensor:
+        """``[batch or 1, heads or 1, rows, keys]``: how much of each pair a form keeps."""
+        import torch
+
+        key = (form, causal, first, rows)
+        if key not in self._seen:
+            self._seen[key] = torch.from_numpy(self._shares(form, causal, first, rows, keys))
+        return self._seen[key]
+
+    def _shares(self, form: AttentionForm, causal: bool, first: int, rows: int, keys: int) -> NDArray[Any]:
+        if isinstance(form, HeadForms):
+            heads = {head: number for number, (_, part) in enumerate(form.parts) for head in part}
+            parts = [self._shares(part, causal, first, rows, keys) for part, _ in form.parts]
+            return np.concatenate([parts[heads[head]] for head in range(form.heads)], axis=1)
+        if isinstance(form, Pattern):
+            query = np.arange(first, first + rows)[:, None]
+            marks = np.isin(self.ids, form.tokens)[:, None, :] if form.tokens else None
+            # Marks bring an axis of the batch, which positions then need, too.
+            visible = (
+                form.visible(query, np.arange(keys)[None, :], causal, keys)
+                if marks is None
+                else np.stack([form.visible(query, np.arange(keys)[None, :], causal, keys, row[0]) for row in marks])
+            )
+            return visible[:, None] if visible.ndim == 3 else visible[None, None]
+        picture = form.picture(keys, causal)
+        assert picture is not None
+        return picture[None, None, first : first + rows].astype(np.float32)
+
+
+_running: tuple[Mapping[Any, _Sums], _Inputs] | None = None
+
+
+@contextmanager
+def _recording(source: SourceModel, sums: Mapping[Any, _Sums], batch: Mapping[str, Any]) -> Iterator[None]:
+    """Let the model's modules count their attention in this run, and compute what they always did otherwise."""
+    global _running
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(_IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(_IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    own = source.model.config._attn_implementation
+    _running = sums, _Inputs(batch)
+    source.model.set_attn_implementation(_IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        _running = None
+        source.model.set_attn_implementation(own)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' eager function computes, some rows at a time; shapes as in :mod:`effc.plugins.hook`."""
+    import torch
+
+    assert _running is not None
+    sums, inputs = _running
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    batch, heads, length, _ = query.shape
+    step = max(1, _WEIGHTS // (batch * heads * key.shape[2]))
+    real = torch.from_numpy(inputs.real)
+    outputs = []
+    for first in range(0, length, step):
+        rows = slice(first, min(first + step, length))
+        scores = query[:, :, rows] @ key.transpose(-1, -2) * scale
+        if (softcap := kwargs.get("softcap")) is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        for bias in (kwargs.get("position_bias"), attention_mask):
+            if bias is not None:
+                scores = _biased(scores, bias, rows)
+        weights = torch.softmax(scores, dim=-1)
+        outputs.append(weights @ value)
+        if module in sums and length == key.shape[2] == real.shape[1]:
+            sums[module].add(weights, first, real[:, rows], inputs)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _biased(scores: torch.Tensor, bias: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Scores with the rows of a mask or bias that may have one row for all."""
+    import torch
+
+    part = bias[..., rows, : scores.shape[-1]] if bias.shape[-2] > 1 else bias[..., : scores.shape[-1]]
+    if part.dtype == torch.bool:
+        return scores.masked_fill(~part, torch.finfo(scores.dtype).min)
+    return scores + part
+
+
+def _check_faithful(before: Mapping[str, Any], after: Mapping[str, Any], mask: Any) -> None:
+    for name, reference in before.items():
+        difference, size = after[name] - reference, reference
+        if mask is not None and reference.shape[:2] == mask.shape:
+            difference, size = difference[mask.astype(bool)], reference[mask.astype(bool)]
+        error = float(np.linalg.norm(difference) / max(np.linalg.norm(size), 1e-12))
+        if not error <= _FAITHFUL:
+            raise PassFailedError(
+                f"The model's attention could not be reproduced: output '{name}' is off by {error:.2g}.",
+                "This architecture gives its attention arguments that effc does not know; please report it.",
+            )

@@ -1,0 +1,203 @@
+"""The generating graph of a compile: exported, proved against torch, quantized like the forward graph, and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from effc.compiler.cache import cache_key, cached
+from effc.compiler.exported import export_key
+from effc.compiler.generation import Generator
+from effc.compiler.generation_memory import Memory
+from effc.compiler.inputs import ragged_inputs
+from effc.compiler.manifest import AttentionLayer, CachedLayerRecord, CacheGroupRecord, GenerationRecord
+from effc.compiler.manifest import OutputDeviation
+from effc.compiler.metrics import deviation
+from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
+from effc.compiler.source import SourceModel
+from effc.errors import PreconditionError
+from effc.exporters.generation_export import export_for_generation, positions_of, takes_positions
+from effc.exporters.generation_graph import CachedLayer, CacheGroup, add_caches
+from effc.exporters.generation_weights import save_sharing_weights
+from effc.exporters.onnx_graph import save_onnx
+from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
+from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.quantize_settings import QuantizationSection
+from effc.plugins.caches import OrderedCache, SlotCache, StateCache
+
+GENERATION_VERSION = 1
+_EXAMPLE_LENGTHS = (40, 24)
+# Prompts of the proof, longer than a usual window, and the tokens that are then taken one by one.
+_PROOF_LENGTHS, _PROOF_STEPS = (440, 61), 8
+# Relative; steps and the whole differ in the order of their sums only.
+_FAITHFUL = 1e-3
+
+Batch = Mapping[str, NDArray[Any]]
+
+
+def add_generation(
+    source: SourceModel,
+    layers: list[AttentionLayer],
+    quantization: QuantizationSection | None,
+    calibration: Sequence[Batch] | None,
+    directory: Path,
+) -> tuple[GenerationRecord, OutputDeviation, bool]:
+    """Put the generating graph beside the forward graph of an artifact.
+
+    Args:
+        source: its attention assigned by the rewrite pass.
+        layers: what that pass found.
+        quantization: settings of INT8, or None.
+        calibration: the batches that the forward graph was calibrated with, or None.
+        directory: holds the finished ``model.onnx``.
+
+    Returns:
+        the record for ``effc.json``, how far the finished graph is from torch with the same attention, and whether
+        the export came from the cache.
+
+    Raises:
+        PreconditionError: if the model cannot generate from caches; says why.
+        PassFailedError: if torch cannot export it.
+    """
+    exported, hit = exported_generation(source, layers)
+    graph = ir.load(str(exported))
+    FuseOnnxRuntime().run(graph)
+    if quantization is not None:
+        quantizer = QuantizeInt8(quantization, None if calibration is None else list(_with_positions(calibration)))
+        quantizer.run(graph)
+        quantizer.ensures(graph)
+    groups, cached_layers = add_caches(graph)
+    path = directory / GENERATION_NAME
+    shared = save_sharing_weights(graph, path, directory / MODEL_NAME)
+    record = record_of(source.model, source.processor, groups, cached_layers, shared)
+    return record, _proof(source, record, path), hit
+
+
+def exported_generation(source: SourceModel, layers: list[AttentionLayer]) -> tuple[Path, bool]:
+    """Path of the exported graph without caches (unfused, fp32), proved, and whether it came from the cache."""
+    key = cache_key(version=GENERATION_VERSION, export=export_key(source, layers))
+
+    def make(directory: Path) -> None:
+        path = directory / MODEL_NAME
+        inputs = ragged_inputs(source, _EXAMPLE_LENGTHS, side="left")
+        save_onnx(export_for_generation(source.model, inputs), path)
+        graph = ir.load(str(path))
+        groups, cached_layers = add_caches(graph)
+        _check_complete(layers, cached_layers)
+        trial = directory / GENERATION_NAME
+        # Its weights stay where they are, in the data file of the exported graph.
+        ir.save(graph, str(trial))
+        found = _proof(source, record_of(source.model, source.processor, groups, cached_layers, 0), trial)
+        trial.unlink()
+        if not found.relative_error <= _FAITHFUL:
+            raise PreconditionError(
+                f"Written token by token, {type(source.model).__name__} is off by {found.relative_error:.2g} from its "
+                "forward pass, so it keeps something of the past besides its attention's keys and values.",
+                "Only the forward graph is made; the model has no generate().",
+            )
+
+    entry, hit = cached("generation", key, make)
+    return entry / MODEL_NAME, hit
+
+
+def _check_complete(layers: list[AttentionLayer], found: list[CachedLayer]) -> None:
+    """Every attention module must have its cache.
+
+    Raises:
+        PreconditionError: naming one that has none.
+    """
+    names = [layer.name for layer in found]
+    for layer in layers:
+        if not any(name == layer.layer or name.startswith(f"{layer.layer}/") for name in names):
+            raise PreconditionError(
+                f"{layer.layer} keeps torch's own attention ({layer.reason}), which has no cache here.",
+                "Only the forward graph is made; the model has no generate().",
+            )
+
+
+def _with_positions(calibration: Iterable[Batch]) -> Iterable[Batch]:
+    """Calibration batches with what the generating graph takes besides; its logits are of one position."""
+    for batch in calibration:
+        mask = torch.from_numpy(np.asarray(batch["attention_mask"]))
+        yield {**batch, "position_ids": positions_of(mask).numpy(), "logits_to_keep": np.array([-1])}
+
+
+def record_of(
+    model: PreTrainedModel, processor: Any | None, groups: list[CacheGroup], layers: list[CachedLayer], shared: int
+) -> GenerationRecord:
+    """What ``effc.json`` says of a generating graph.
+
+    Args:
+        model, processor: tell which tokens end a text and which pad it.
+        groups, layers: what :func:`add_caches` gave.
+        shared: bytes of weights that lie in the forward graph's file.
+    """
+    settings = model.generation_config
+    owners = [owner for owner in (settings, processor, model.config) if owner is not None]
+    ends = next((value for owner in owners if (value := getattr(owner, "eos_token_id", None)) is not None), [])
+    ends = [int(end) for end in (ends if isinstance(ends, (list, tuple)) else [ends])]
+    paddings = [getattr(owner, "pad_token_id", None) for owner in owners]
+    padding = next((value for value in paddings if isinstance(value, int) and value >= 0), ends[0] if ends else 0)
+    return GenerationRecord(
+        file=GENERATION_NAME,
+        groups=[_group_record(group) for group in groups],
+        layers=[
+            CachedLayerRecord(
+                layer=layer.name,
+                group=layer.group,
+                num_heads=layer.num_heads,
+                kv_heads=layer.kv_heads,
+                head_dim=layer.head_dim,
+            )
+            for layer in layers
+        ],
+        positions=takes_positions(model),
+        eos_token_ids=ends,
+        pad_token_id=padding,
+        weights_shared=shared,
+    )
+
+
+def _group_record(group: CacheGroup) -> CacheGroupRecord:
+    cache, common = group.cache, {"pattern": group.pattern, "distance": group.distance}
+    match cache:
+        case SlotCache():
+            return CacheGroupRecord(**common, kind="slots", sinks=cache.sinks, recent=cache.recent)
+        case OrderedCache():
+            return CacheGroupRecord(**common, kind="ordered", queries=cache.queries)
+        case StateCache():
+            shapes = {name: list(shape) for name, shape in cache.shapes}
+            initial = dict(zip(shapes, cache.initial, strict=True))
+            return CacheGroupRecord(**common, kind="state", state=shapes, initial=initial)
+
+
+def _proof(source: SourceModel, record: GenerationRecord, path: Path) -> OutputDeviation:
+    """Logits of a left-padded prompt and of tokens taken one by one, against torch's forward pass over the whole."""
+    limit = source.max_length or max(_PROOF_LENGTHS) + _PROOF_STEPS
+    steps = min(_PROOF_STEPS, limit // 2)
+    lengths = [min(length + steps, limit) for length in _PROOF_LENGTHS]
+    inputs = ragged_inputs(source, lengths, side="left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    extra = {"position_ids": positions_of(mask)} if record.positions else {}
+    with torch.no_grad():
+        whole = source.model(input_ids=ids, attention_mask=mask, **extra, use_cache=False).logits
+    expected = whole[:, -steps - 1 :].numpy()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    generator = Generator(session, record, source.max_length)
+    tokens, real = ids.numpy(), mask.numpy().astype(bool)
+    memory = Memory(record, tokens[:, :-steps], real[:, :-steps])
+    found = [generator.prefill(memory)]
+    found += [generator.step(memory, tokens[:, place]) for place in range(tokens.shape[1] - steps, tokens.shape[1])]
+    return deviation(expected, np.stack(found, axis=1), np.ones(expected.shape[:2]), logits=True)
+
+

@@ -1,0 +1,142 @@
+"""The ONNX function body of ``effc::CachedAttention``: attention of one new token to a cache and to itself.
+
+One query row against ``slots`` cached keys is a matrix-vector product for every key/value head, bound by reading the
+cache once. So that nothing of the cache is ever copied, the new token's key and value do not enter it here: the scores
+against the cache and the one score against the new key are joined, which is a few numbers, and the softmax over both is
+taken apart again for the two sums over values. The caller writes the new key and value into their slot afterwards.
+
+Inputs: ``query [batch, 1, heads * head_dim]``, ``key`` and ``value [batch, 1, kv_heads * head_dim]``, ``past_key`` and
+``past_value [batch, kv_heads, slots, head_dim]``, ``bias [batch, 1, 1, slots + 1]`` (0 where the query sees a slot and,
+last, itself; -1e30 elsewhere), and for models with a position bias ``distance [slots + 1]`` (slot's position less the
+query's) with ``distance_bias`` or ``distance_slope``. Output: ``[batch, 1, heads * head_dim]``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx import parser
+
+from effc.plugins.bodies import OPSET
+from effc.plugins.bodies.linear_state import recurrent_text, step_text
+from effc.plugins.caches import sees_itself
+from effc.plugins.operator import DOMAIN, AttentionGeometry
+from effc.plugins.pattern import Pattern
+
+CACHED_ATTENTION = "CachedAttention"
+RECURRENT_ATTENTION = "RecurrentAttention"
+HIDDEN = -1e30
+DISTANCE_INPUTS = ("distance_bias", "distance_slope")
+
+
+def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.Function:
+    """The function for one layer geometry.
+
+    Args:
+        geometry: of the layer's operator; its form is a pattern.
+        given: which of ``distance_bias`` and ``distance_slope`` the operator has.
+    """
+    heads, kv, dim = geometry.num_heads, geometry.kv_heads, geometry.head_dim
+    groups = heads // kv
+    scale = np.format_float_positional(np.float32(geometry.scale), trim="0")
+    distances = [name for name in DISTANCE_INPUTS if name in given]
+    # A pattern such as `global:4` alone may leave a query without any key: such a row is zero by definition.
+    guarded = not (isinstance(geometry.form, Pattern) and sees_itself(geometry.form))
+    text = f"""
+    minus_one = Constant <value_ints: ints = [-1]> ()
+    zero = Constant <value_ints: ints = [0]> ()
+    end = Constant <value_ints: ints = [9223372036854775807]> ()
+    query_shape = Constant <value_ints: ints = [0, {kv}, {groups}, {dim}]> ()
+    own_shape = Constant <value_ints: ints = [0, {kv}, 1, {dim}]> ()
+    query_heads = Reshape (query, query_shape)
+    own_key = Reshape (key, own_shape)
+    own_value = Reshape (value, own_shape)
+    past_scores = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = {scale}> (query_heads, past_key)
+    own_score = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = {scale}> (query_heads, own_key)
+    scores = Concat <axis: int = -1> (past_scores, own_score)
+    biased = Add (scores, bias)
+    {_distance_text(distances, kv, groups)}
+    weights = Softmax <axis: int = -1> ({"placed" if distances else "biased"})
+    past_weights = Slice (weights, zero, minus_one, minus_one)
+    own_weight = Slice (weights, minus_one, end, minus_one)
+    past_sum = MatMul (past_weights, past_value)
+    own_sum = Mul (own_weight, own_value)
+    attended = Add (past_sum, own_sum)
+    {_GUARD if guarded else ""}
+    packed_shape = Constant <value_ints: ints = [0, 1, {heads * dim}]> ()
+    output = Reshape ({"guarded" if guarded else "attended"}, packed_shape)
+    """
+    inputs = ["query", "key", "value", "past_key", "past_value", "bias", *(["distance", *distances] if distances else [])]
+    overload = "_".join([f"h{heads}_kv{kv}_d{dim}_s{scale.replace('.', 'p')}", *distances, *(["guarded"] * guarded)])
+    proto = parser.parse_function(
+        f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
+        f"{CACHED_ATTENTION} ({', '.join(inputs)}) => (output)\n{{{text}}}"
+    )
+    for node in proto.node:
+        node.name = node.output[0]
+    return ir.serde.deserialize_function(proto)
+
+
+_GUARD = f"""
+    seen_most = ReduceMax <keepdims: int = 1> (bias, minus_one)
+    hidden_bound = Constant <value: tensor = float {{{HIDDEN / 2}}}> ()
+    seen_any = Greater (seen_most, hidden_bound)
+    seen_any_float = Cast <to: int = 1> (seen_any)
+    guarded = Mul (attended, seen_any_float)
+"""
+
+
+def recurrent_attention(
+    geometry: AttentionGeometry, given: list[str], states: list[str]
+) -> tuple[ir.Function, ir.Function]:
+    """``effc::RecurrentAttention`` of a linear form, for one token and for any number of them.
+
+    Inputs: ``query``, ``key``, ``value`` of the new tokens, the optional inputs in ``given``, then ``past_*`` for each
+    of ``states``. Outputs: ``output [batch, length, heads * head_dim]`` and ``present_*``.
+    """
+    inputs = ["query", "key", "value", *given, *(f"past_{name}" for name in states)]
+    outputs = ["output", *(f"present_{name}" for name in states)]
+    functions = []
+    for kind, text in (("step", step_text), ("chunked", recurrent_text)):
+        proto = parser.parse_function(
+            f'<domain: "{DOMAIN}", overload: "{kind}_{geometry.overload(frozenset(given))}", '
+            f'opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
+            f"{RECURRENT_ATTENTION} ({', '.join(inputs)}) => ({', '.join(outputs)})\n"
+            f"{{{text(geometry, frozenset(given))}}}"
+        )
+        functions.append(ir.serde.deserialize_function(proto))
+    return functions[0], functions[1]
+
+
+def _distance_text(distances: list[str], kv: int, groups: int) -> str:
+    """Statements that add what the model adds to its scores by distance."""
+    lines, total = [], "biased"
+    if "distance_bias" in distances:
+        lines.append("""
+    table_width = Shape <start: int = 1, end: int = 2> (distance_bias)
+    two = Constant <value_ints: ints = [2]> ()
+    reach = Div (table_width, two)
+    least = Neg (reach)
+    not_below = Max (distance, least)
+    clipped = Min (not_below, reach)
+    column = Add (clipped, reach)
+    table_rows = Gather <axis: int = 1> (distance_bias, column)""")
+        lines.append(_per_head("table_rows", "table_bias", total, "tabled", kv, groups))
+        total = "tabled"
+    if "distance_slope" in distances:
+        lines.append("""
+    slope_column = Unsqueeze (distance_slope, minus_one)
+    distance_float = Cast <to: int = 1> (distance)
+    sloped_rows = Mul (slope_column, distance_float)""")
+        lines.append(_per_head("sloped_rows", "slope_bias", total, "sloped", kv, groups))
+        total = "sloped"
+    if distances:
+        lines.append(f"    placed = Identity ({total})")
+    return "\n".join(lines)
+
+
+def _per_head(rows: str, shaped: str, before: str, after: str, kv: int, groups: int) -> str:
+    return f"""
+    {shaped}_shape = Constant <value_ints: ints = [1, {kv}, {groups}, -1]> ()
+    {shaped} = Reshape ({rows}, {shaped}_shape)
+    {after} = Add ({before}, {shaped})"""
