@@ -2,9 +2,9 @@
 
 The dense body is ONNX Runtime's fused kernel (MultiHeadAttention, causal GroupQueryAttention). All take turns in one
 run; times are process CPU time over threads. The floor of a form is what its matrix products would take at the rate at
-which this machine multiplies large matrices, or what reading its inputs and writing its output would take at the rate at
-which it copies memory, whichever is longer. With --memory, each form and length runs in a process of its own, and what
-is printed is by how much its peak resident set grows from before the first run to after the last.
+which this machine multiplies large matrices, or what reading its inputs and writing its output would take at the rate
+at which it copies memory, whichever is longer. With --memory, each form and length runs in a process of its own, and
+what is printed is by how much its peak resident set grows from before the first run to after the last.
 
     python benchmarks/attention_bodies.py --attention local:256 --attention bigbird --lengths 4096,8192
     python benchmarks/attention_bodies.py --attention linear:elu --causal --lengths 4096
@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +104,13 @@ def speed(layers: Mapping[str, Layer], lengths: list[int], options: argparse.Nam
             flops = geometry.form.cost(length, options.causal, options.head_dim).flops * options.heads * options.batch
             moved = 8 * options.batch * length * options.head_dim * (options.heads + geometry.kv_heads)
             floor = max(flops / gflops, moved / gbytes) / 1e6 / threads
-            share = flops / (4 * options.head_dim * options.heads * options.batch * DENSE.visible_pairs(length, options.causal))
+            whole = DENSE.cost(length, options.causal, options.head_dim).flops * options.heads * options.batch
             print(
                 f"{name:28s} median {timing.cpu_ms / threads:8.1f}  min {timing.cpu_ms_min / threads:8.1f}   "
                 f"{dense.cpu_ms / timing.cpu_ms:6.2f}x dense by medians, "
                 f"{dense.cpu_ms_min / timing.cpu_ms_min:6.2f}x by minima   "
-                f"{flops / 1e9:7.2f} GFLOP ({share:6.1%} of dense), {moved / 1e6:5.0f} MB, floor {floor:6.1f} ms"
+                f"{flops / 1e9:7.2f} GFLOP ({flops / whole:6.1%} of dense), {moved / 1e6:5.0f} MB, "
+                f"floor {floor:6.1f} ms"
             )
 
 
@@ -134,7 +136,7 @@ def memory(layers: Mapping[str, Layer], lengths: list[int], options: argparse.Na
                 for _ in range(2):
                     worker.ask(command="run", seconds=0)
                 grown.append(worker.ask(command="memory")["peak_rss_mib"] - before)
-        ratios = [f"{after / before:.2f}x" for before, after in zip(grown, grown[1:], strict=False)]
+        ratios = [f"{after / before:.2f}x" for before, after in pairwise(grown)]
         figures = ", ".join(f"{length}: {size:.0f}" for length, size in zip(lengths, grown, strict=True))
         print(f"{name:28s} {figures}   from one to the next {', '.join(ratios)}")
 
@@ -228,11 +230,11 @@ def copy_rate() -> float:
     return 2 * source.nbytes / _best(lambda: np.copyto(target, source)) / 1e9
 
 
-def _best(work: object) -> float:
+def _best(work: Callable[[], object]) -> float:
     times = []
     for _ in range(3):
         start = time.process_time()
-        work()  # type: ignore[operator]
+        work()
         times.append(time.process_time() - start)
     return min(times)
 

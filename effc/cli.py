@@ -166,6 +166,7 @@ def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, de
         _show_positions(manifest)
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
+        _show_generation(manifest)
         click.echo(f"Artifact: {artifact.path}\nReport:   {artifact.path / 'report.html'}")
     for sentence in artifact.unmet:
         click.secho("Not met: ", fg="yellow", bold=True, err=True, nl=False)
@@ -244,6 +245,7 @@ def inspect(artifact: Path, as_json: bool, quiet: bool, debug: bool) -> int:
         Console().print(table)
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
+        _show_generation(manifest)
     return 0
 
 
@@ -388,7 +390,7 @@ def attention(
     """Draw an attention PATTERN with its cost, or measure where a MODEL's attention goes on --text."""
     from effc.compiler.attention_show import show_forms, show_mass, show_picture
 
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
     if list_forms:
         _refuse_options(given | ({"save": save} if save else {}), (), "with --list")
         if as_json:
@@ -403,7 +405,7 @@ def attention(
             "There is nothing to show.", "Give a pattern such as local:256, a model with --text, or --list."
         )
     if "text" not in given:
-        _refuse_options(given, ("length", "causal", "head_dim"), "for a pattern; for a model give --text, too")
+        _refuse_options(given, ("length", "causal", "head_dim"), "for a pattern (a model also needs --text)")
         from effc.compiler.attention_pictures import draw
 
         picture = draw(subject, **given)
@@ -486,6 +488,25 @@ def _show_positions(manifest: Manifest) -> None:
     how = f"{done.trained} to {done.max_length} tokens ({done.method})" if done.method else f"{done.max_length} tokens"
     rows = f", {', '.join(f'{name}: {count} rows' for name, count in done.rows.items())}" if done.rows else ""
     click.echo(f"Positions: {how}{rows}" + (f", {done.formula}" if done.formula else ""))
+
+
+def _show_generation(manifest: Manifest) -> None:
+    """What each layer remembers while text is written, or why none can be."""
+    for record in manifest.passes:
+        if record.name == "generation":
+            for skipped in record.skipped:
+                click.echo(f"No text can be written: {skipped.reason}")
+    if manifest.generation is None:
+        return
+    for number, group in enumerate(manifest.generation.groups):
+        count = sum(layer.group == number for layer in manifest.generation.layers)
+        if group.kind == "state":
+            kept = "a recurrent state of fixed size"
+        elif group.recent is None:
+            kept = "keys and values of every position"
+        else:
+            kept = f"keys and values of {group.sinks + group.recent} positions at most"
+        click.echo(f"Writing text, {count} x {group.pattern}: {kept}")
 
 
 def _show_verification(record: VerifyRecord | None) -> None:

@@ -15,8 +15,8 @@ TERMS = [
     st.builds(Block, st.sampled_from([1, 7, 16, 48, 64, 96, 128]), st.integers(0, 2)),
     st.builds(Strided, _step),
     st.builds(Random, st.integers(1, 3), st.integers(0, 5)),
-    st.builds(Global, st.integers(1, 20)),
-    st.builds(Sinks, st.integers(1, 20)),
+    st.builds(Global, st.integers(1, 150)),
+    st.builds(Sinks, st.integers(1, 150)),
 ]
 TOKENS = st.just(GlobalTokens((5,)))
 

@@ -16,6 +16,7 @@ import tiny_checkpoints
 import torch
 
 import effc
+from effc.compiler.calibrate_forms import calibrate_forms
 from effc.compiler.exported import describe_layers, export_now, restore_source_attention
 from effc.compiler.kernels import BODY, UNKNOWN, attention_kernels, operator_nodes
 from effc.compiler.manifest import AttentionLayer
@@ -152,8 +153,9 @@ class TestRewrite:
     def test_every_layer_computes_its_own_form(self, source: SourceModel) -> None:
         inputs = tokens(40, padding=9)
         outputs: dict[str, dict[str, torch.Tensor]] = {}
+        observed = observe_attention(source)
         for text in ("dense", "local:4|sinks:2", f"1-*=dense,0={HEADS}"):
-            rewrite(source, section(text))
+            rewrite(source, section(text), observed)
             outputs[text] = attention_outputs(source, inputs)
         dense, local, mixed = (output[NAMES[0]] for output in outputs.values())
         size = 32 // 4
@@ -235,9 +237,10 @@ class TestTokens:
     def test_the_first_token_named_or_counted_is_the_same(self, source: SourceModel) -> None:
         inputs = tokens(40, padding=9)
         real = inputs["attention_mask"].bool().numpy()
-        rewrite(source, section("local:4|global:1"))
+        observed = observe_attention(source)
+        rewrite(source, section("local:4|global:1"), observed)
         counted = hidden(source, inputs)[real]
-        rewrite(source, section("local:4|global:cls"))
+        rewrite(source, section("local:4|global:cls"), observed)
         np.testing.assert_allclose(hidden(source, inputs)[real], counted, atol=1e-5)
 
 
@@ -263,6 +266,29 @@ class TestRefusals:
         refuse_untrained(source, observed, Recipe(attention=section("linear:elu", force=True)))
         with pytest.raises(PreconditionError):
             refuse_untrained(source, observed, Recipe(attention=section("linear:elu")))
+
+
+class TestCalibration:
+    def test_dynamic_layers_are_fitted_to_texts(self, tmp_path: Path) -> None:
+        sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256}
+        checkpoint = tiny_checkpoints.save_lively(tmp_path / "model", "BertModel", max_length=256, **sizes)
+        spoken: dict[str, Any] = {
+            "model": str(checkpoint),
+            "attention": {"pattern": "dynamic:8:64", "layers": {"0": "dense"}},
+        }
+        for words, said in ((250, None), (250, "texts"), (40, "too short")):
+            recipe = build_recipe(spoken | {"verify": {"data": said and str(texts(tmp_path, 12, words))}})
+            source = load(locate(recipe.model))
+            observed = rewrite(source, recipe.attention).observed
+            before = parameters(source)
+            figures = calibrate_forms(source, observed, recipe)
+            fitted = [not torch.equal(before[name], value) for name, value in parameters(source).items()]
+            if said == "texts":
+                (caught,) = figures["distant_attention_caught"].values()
+                assert fitted == [True] and caught[1] >= caught[0]
+            else:
+                assert fitted == [False]
+                assert ("no text was given" if said is None else said) in figures["calibration"]
 
 
 def texts(folder: Path, count: int = 12, words: int = 48) -> Path:
@@ -307,7 +333,11 @@ def event(node: str, operator: str) -> KernelEvent:
 def test_layers_and_heads_end_to_end(checkpoint: Path, tmp_path: Path, source: SourceModel) -> None:
     attention = f"local:8,0=performer:16,2={HEADS}"
     done = effc.compile(
-        checkpoint, attention=attention, output=tmp_path / "o", bench={"lengths": [48], "rounds": 1}, verify={"samples": 2}
+        checkpoint,
+        attention=attention,
+        output=tmp_path / "o",
+        bench={"lengths": [48], "rounds": 1},
+        verify={"samples": 2},
     )
     patterns = [layer.pattern for layer in done.manifest.attention]
     assert patterns == ["performer:16", "local:8", HEADS]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import tiny_checkpoints
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from effc.compiler.inputs import dynamic_axes
 from effc.errors import DataError
+from effc.exporters.onnx_graph import export_onnx, save_onnx
 from effc.passes import calibrate_dynamic
 from effc.passes.calibrate_dynamic import calibrate
 from effc.passes.observed_attention import ObservedAttention
@@ -132,6 +135,26 @@ def test_a_scorer_that_catches_less_is_not_taken(monkeypatch):
     start = initial_parameters(FORM, layer.num_heads, layer.kv_heads, layer.head_dim, 0)["scorer"]
     assert torch.equal(scorer[0], start[0]) and not torch.equal(scorer[1], start[1])
     assert fits[layer.name].caught > fits[layer.name].caught_before
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaForCausalLM"])
+def test_exported_model_has_the_scorers_and_equals_torch(kind, tmp_path):
+    model, observed = observed_model(kind)
+    calibrate(observed, BATCHES, run(model))
+    first = observed.layers[0].name
+    observed.use(
+        {layer.name: parse_form("topk-blocks:3:16") if layer.name == first else FORM for layer in observed.layers}
+    )
+    graph = export_onnx(model, BATCHES[0], dynamic_axes(BATCHES[0]))
+    save_onnx(graph, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (text_batch(290, 133, seed=5), text_batch(7)):
+        with torch.no_grad():
+            reference = model(**batch)[0]
+        output = session.get_outputs()[0].name
+        result = torch.from_numpy(session.run([output], {name: ids.numpy() for name, ids in batch.items()})[0])
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(result[real], reference[real], atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_to_do_without_dynamic_layers():

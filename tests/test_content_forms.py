@@ -60,7 +60,7 @@ def whole_numbers(geometry, batch, queries, keys, seed, padding, largest=2):
     return feed
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(
     geometry=st.sampled_from(GEOMETRIES),
     batch=st.integers(1, 3),
@@ -74,7 +74,7 @@ def test_body_equals_the_float64_reference(geometry, batch, length, padding, see
     np.testing.assert_allclose(result, expected(geometry, feed), atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     geometry=st.sampled_from(GEOMETRIES),
     keys=LENGTHS,
@@ -89,7 +89,7 @@ def test_queries_are_the_last_positions(geometry, keys, share, padding, seed):
     np.testing.assert_allclose(result, expected(geometry, feed), atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(geometry=st.sampled_from(DYNAMIC), length=LENGTHS, padding=st.sampled_from(PADDINGS), seed=st.integers(0, 99))
 def test_body_with_a_scorer(geometry, length, padding, seed):
     feed = whole_numbers(geometry, 2, length, length, seed, padding)

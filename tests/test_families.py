@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import transformers
 from family_configs import FAMILIES, OWN_WINDOW, REFUSED, Family, gemma2
 from transformers import PreTrainedModel
 
@@ -279,3 +280,49 @@ def test_architectures_without_the_interface_are_refused_by_name(architecture):
         rewriting.run(REFUSED[architecture]().train(False))
     assert refusal.value.remedy
     assert refusal.value.exit_code == 2
+
+
+def test_attention_that_bypasses_the_interface_is_not_forgotten():
+    family = FAMILIES["bert"]
+
+    class OldAttention(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, states: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+            return self.inner(states), None
+
+    def model() -> PreTrainedModel:
+        result = family.model()
+        result.encoder.layer[1].attention = OldAttention(torch.nn.Linear(32, 32))
+        return result
+
+    inputs = family.inputs(LENGTHS)
+    name = "encoder.layer.1.attention"
+    rewriting = RewriteAttention(AttentionSection(pattern="local:16"), inputs)
+    result = rewriting.run(model())
+    assert rewriting.unwanted() == [(name, "does not use the attention interface")]
+    assert (name, "does not use the attention interface") in result.skipped
+    excluded = RewriteAttention(AttentionSection(pattern="local:16", exclude=("*.layer.1.*",)), inputs)
+    excluded.run(model())
+    assert not excluded.unwanted()
+    dense = RewriteAttention(AttentionSection(pattern="dense"), inputs)
+    dense.run(model())
+    assert not dense.unwanted()
+
+
+def test_models_that_compute_with_the_mask_are_refused():
+    family = FAMILIES["vit"]
+    config = transformers.BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=4,
+        use_relative_position_bias=True,
+    )
+    model = transformers.BeitModel(config).train(False)
+    with pytest.raises(PreconditionError, match="BeitModel does not run with a padding mask"):
+        RewriteAttention(AttentionSection(pattern="local:8"), family.inputs([1, 1])).run(model)

@@ -83,7 +83,9 @@ def test_long_sequences_are_counted_quickly(text):
     assert time.process_time() - start < 2
 
 
-@pytest.mark.parametrize("make", [lambda: Pattern(()), lambda: parse_form("local:0"), lambda: parse_form("bigbird|linear")])
+@pytest.mark.parametrize(
+    "make", [lambda: Pattern(()), lambda: parse_form("local:0"), lambda: parse_form("bigbird|linear:elu")]
+)
 def test_what_is_no_pattern_is_refused(make):
     with pytest.raises(UsageError):
         make()

@@ -149,8 +149,8 @@ def alibi(by_key: bool) -> AlibiModel:
     torch.manual_seed(0)
     model = AlibiModel(AlibiConfig(by_key=by_key))
     with torch.no_grad():
-        model.layers[0].qkv.weight.normal_()
-        model.layers[1].qkv.weight.normal_()
+        model.layers[0].qkv.weight.normal_(std=0.3)
+        model.layers[1].qkv.weight.normal_(std=0.3)
         model.embeddings.weight.normal_()
     return model.train(False).requires_grad_(False)
 

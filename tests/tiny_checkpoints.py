@@ -126,7 +126,7 @@ def save(directory: Path, kind: str, *, with_tokenizer: bool = False, **changes:
     return directory
 
 
-def save_lively(directory: Path, kind: str, **changes: Any) -> Path:
+def save_lively(directory: Path, kind: str, *, max_length: int = 64, **changes: Any) -> Path:
     """Like :func:`save`, with a tokenizer and weights so large that outputs depend on which tokens are seen."""
     made = model(kind, **changes)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def save_lively(directory: Path, kind: str, **changes: Any) -> Path:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     made.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    tokenizer(max_length).save_pretrained(directory)
     return directory
 
 

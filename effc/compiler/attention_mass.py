@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,7 @@ class LayerMass:
         """``[heads, len(edges) - 1]``: mass at absolute distances from one edge up to, not including, the next."""
         longest = (self.mass.shape[1] + 1) // 2
         distance = np.abs(np.arange(1 - longest, longest))
-        columns = [
-            self.mass[:, (distance >= a) & (distance < b)].sum(axis=1) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        columns = [self.mass[:, (distance >= low) & (distance < high)].sum(axis=1) for low, high in pairwise(edges)]
         return np.stack(columns, axis=1)
 
 
@@ -198,11 +197,15 @@ def _measure(
 ) -> AttentionMass:
     from effc.compiler.pipeline import observe_attention
     from effc.compiler.verify import torch_runner
-    from effc.passes.assign_attention import with_token_ids
+    from effc.passes.assign_attention import check_form, with_token_ids
 
     run = torch_runner(source)
     before = run(texts.batches[0])
     observed = [layer for layer in observe_attention(source).layers if not layer.cross]
+    for form in forms:
+        if isinstance(form, HeadForms):
+            for layer in observed:
+                check_form(form, layer)
     candidates = [with_token_ids(form, source.processor) for form in forms]
     sums = {layer.module: _Sums(layer, candidates, texts.longest) for layer in observed}
     for number, batch in enumerate(texts.batches):
@@ -255,14 +258,16 @@ class _Sums:
         self.queries += int(real.sum())
         rows, keys = weights.shape[2:]
         # Shifting each row by one more column lines up equal distances.
-        padded = torch.nn.functional.pad(weights.sum(dim=0).flip(-1), (0, rows))
+        summed = weights.sum(dim=0, keepdim=True)
+        padded = torch.nn.functional.pad(summed[0].flip(-1), (0, rows))
         diagonals = padded.flatten(1)[:, : rows * (keys + rows - 1)].unflatten(1, (rows, -1))
         # Column c of the shifted rows is the distance c + first - (keys - 1).
         start = first - (keys - 1) + self.longest - 1
         self.mass[:, start : start + keys + rows - 1] += diagonals.sum(dim=1).double().numpy()
         for number, form in enumerate(self.forms):
             seen = inputs.seen(form, self.layer.visibility.causal, first, rows, keys)
-            self.kept[number] += (weights * seen).sum(dim=(0, 2, 3)).double().numpy()
+            counted = weights if seen.shape[0] > 1 else summed
+            self.kept[number] += (counted * seen).sum(dim=(0, 2, 3)).double().numpy()
 
     def result(self, names: Sequence[str]) -> LayerMass:
         """The means."""
@@ -389,7 +394,7 @@ def _check_faithful(before: Mapping[str, Any], after: Mapping[str, Any], mask: A
         difference, size = after[name] - reference, reference
         if mask is not None and reference.shape[:2] == mask.shape:
             difference, size = difference[mask.astype(bool)], reference[mask.astype(bool)]
-        error = float(np.linalg.norm(difference) / max(np.linalg.norm(size), 1e-12))
+        error = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(size)), 1e-12)
         if not error <= _FAITHFUL:
             raise PassFailedError(
                 f"The model's attention could not be reproduced: output '{name}' is off by {error:.2g}.",

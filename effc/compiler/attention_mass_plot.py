@@ -24,7 +24,9 @@ def mass_figure(mass: AttentionMass) -> Figure:
     places = np.array([0.5, *edges[1:-1]])
     colours = ScalarMappable(Normalize(0, last), "viridis")
     for number, layer in enumerate(mass.layers):
-        by_distance.plot(places, layer.by_distance(edges).mean(axis=0), color=colours.to_rgba(number), linewidth=1.4)
+        by_distance.plot(
+            places, layer.by_distance(edges).mean(axis=0), color=colours.to_rgba(np.array(number)), linewidth=1.4
+        )
     by_distance.set_xscale("log", base=2)
     by_distance.set_xticks(places, ["0", *(str(edge) for edge in edges[1:-1])], rotation=45)
     by_distance.minorticks_off()

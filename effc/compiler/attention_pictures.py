@@ -89,15 +89,15 @@ class AttentionPicture:
             raise UsageError(f"What '{self.form}' sees depends on the text.", "Leave --save out.")
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.2, 5.8), layout="constrained")
+        figure = Figure(figsize=(6, 7), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(self.weights, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xlabel("key position")
         axes.set_ylabel("query position")
         direction = "causal" if self.causal else "bidirectional"
         lines = [f"{cost.length} tokens: {describe_cost(cost)}" for cost in self.costs]
-        axes.set_title(f"{self.form}, {direction}", loc="left", fontweight="bold")
-        figure.supxlabel("\n".join(lines), fontsize="small", x=0.02, ha="left")
+        figure.suptitle(f"{self.form}, {direction}", x=0.02, ha="left", fontweight="bold")
+        axes.set_title("\n".join(lines), loc="left", fontsize="small")
         save_figure(figure, path)
 
     def as_json(self) -> dict[str, Any]:
@@ -163,7 +163,8 @@ def draw(subject: str, **options: Any) -> AttentionPicture:
     except UsageError as error:
         if Path(subject).expanduser().exists():
             raise UsageError(
-                f"'{subject}' is a model, and its attention is measured on texts.", "Give some with --text FILE."
+                f"'{subject}' is no pattern but a path; a model's attention is measured on texts.",
+                "Give some with --text FILE.",
             ) from None
         if "/" in subject or subject.endswith(".gguf"):
             raise UsageError(

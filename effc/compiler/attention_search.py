@@ -40,8 +40,9 @@ SEARCH_VERSION = 1
 _LONGEST_COSTED = 8192
 # Single steps tried behind the first that broke the budget.
 _FURTHER_TRIES = 4
-# Squared errors below this are rounding.
-_NO_ERROR = 1e-12
+# Two ways to compute the same in fp32 differ by less.
+_ROUNDING = 2e-5
+_NO_ERROR = _ROUNDING**2
 # Windows of the default candidates, as divisors of the length that is measured.
 _WINDOW_DIVISORS = (16, 8, 4, 2)
 
@@ -239,7 +240,7 @@ def _search(
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
     """One candidate of one layer."""
 
     form: AttentionForm
@@ -248,7 +249,7 @@ class _Option:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """From one option of a layer to the next cheaper one. ``gain`` is arithmetic saved per squared error added."""
 
     layer: str
@@ -272,14 +273,14 @@ def _auto(task: _Task, layers: list[ObservedLayer], request: Auto) -> AttentionS
         )
     task.total = (len(tried) + 8) * len(task.texts.batches)
     effects = task.measure([{layer.name: form} for layer, _, form in tried])
-    if not any(effect.output_error > 1e-6 for effect in effects):
+    if not any(effect.output_error > _ROUNDING for effect in effects):
         raise DataError(
             f"No candidate changes anything on these texts, whose longest has {task.texts.longest} tokens.",
             "Give longer texts, or narrower forms in attention.candidates.",
         )
-    options: dict[str, dict[int, _Option]] = {layer.name: {} for layer in layers}
+    options: dict[str, dict[int, Option]] = {layer.name: {} for layer in layers}
     for (layer, column, form), effect in zip(tried, effects, strict=True):
-        options[layer.name][column] = _Option(form, layer.num_heads * _flops(form, task.length, layer), effect)
+        options[layer.name][column] = Option(form, layer.num_heads * _flops(form, task.length, layer), effect)
     own_cost = {layer.name: layer.num_heads * _flops(layer.visibility.pattern, task.length, layer) for layer in layers}
     steps = [step for name in options for step in efficient_steps(name, own_cost[name], [*options[name].values()])]
     steps.sort(key=lambda step: -step.gain)
@@ -294,7 +295,7 @@ def _auto(task: _Task, layers: list[ObservedLayer], request: Auto) -> AttentionS
 
 
 def _row(
-    layer: ObservedLayer, options: Mapping[int, _Option], chosen: AttentionForm | None, columns: int
+    layer: ObservedLayer, options: Mapping[int, Option], chosen: AttentionForm | None, columns: int
 ) -> LayerSensitivity:
     effects = [options[column].effect if column in options else None for column in range(columns)]
     return LayerSensitivity(
@@ -322,24 +323,24 @@ def candidates(task: _Task, layers: list[ObservedLayer]) -> list[str]:
     return sorted(forms, key=lambda text: _flops(forms[text], task.length, layers[0]))
 
 
-def efficient_steps(layer: str, own_cost: int, options: Sequence[_Option]) -> list[_Step]:
+def efficient_steps(layer: str, own_cost: int, options: Sequence[Option]) -> list[Step]:
     """The steps along the lower convex hull of cost over squared error, which starts at the source's own attention.
 
     Options beside the hull are never the best use of a budget. Gains fall from step to step.
     """
-    steps: list[_Step] = []
+    steps: list[Step] = []
     cost, error = own_cost, 0.0
     left = list(options)
     while left := [option for option in left if option.cost < cost]:
         gains = [(cost - o.cost) / max(o.effect.output_error**2 - error, _NO_ERROR) for o in left]
         gain, _, best = max(zip(gains, [-o.cost for o in left], left, strict=True), key=lambda entry: entry[:2])
-        steps.append(_Step(layer, best.form, gain))
+        steps.append(Step(layer, best.form, gain))
         cost, error = best.cost, max(error, best.effect.output_error**2)
     return steps
 
 
 def within_budget(
-    steps: Sequence[_Step], budget: float, error: Callable[[dict[str, AttentionForm]], float]
+    steps: Sequence[Step], budget: float, error: Callable[[dict[str, AttentionForm]], float]
 ) -> dict[str, AttentionForm]:
     """The longest run of steps whose measured error is within the budget, found by halving, and some single steps
     behind the first that broke it. What is returned was measured to be within the budget, or is empty.
@@ -395,7 +396,7 @@ def _duo(task: _Task, layers: list[ObservedLayer], request: Duo) -> AttentionSea
         task.count()
 
     importance = head_importance(task.observed, streaming, task.texts.batches, run)
-    if not any(value > 1e-7 for values in importance.values() for value in values):
+    if not any(value > _ROUNDING for values in importance.values() for value in values):
         raise DataError(
             f"'{request.streaming}' changes nothing on these texts, whose longest has {task.texts.longest} tokens.",
             "Give longer texts, or a narrower window, for example duo:0.5:64.",

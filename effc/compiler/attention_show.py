@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +18,9 @@ def show_forms(console: Console) -> None:
     """Every form, one table a group."""
     forms = attention_forms()
     for group in dict.fromkeys(form["group"] for form in forms):
-        table = Table("form", "what it computes", "source", title=group, title_justify="left", expand=True)
+        table = Table(title=group, title_justify="left", expand=True)
+        for name, ratio in (("form", 4), ("what it computes", 6), ("source", 3)):
+            table.add_column(name, ratio=ratio, overflow="fold")
         for form in forms:
             if form["group"] == group:
                 # Brackets are part of the syntax, not markup.
@@ -47,7 +51,7 @@ def show_mass(mass: AttentionMass, console: Console) -> None:
     # Bins of a factor of four are enough for a terminal.
     edges = [0, 1, *[edge for edge in edges[2:-1] if edge.bit_length() % 2 == 1], edges[-1]]
     table = Table("layer", "mean distance", title="Attention by distance, mean over heads", title_justify="left")
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         table.add_column(str(low) if high == low + 1 else f"{low}-{min(high, mass.longest) - 1}", justify="right")
     for number, layer in enumerate(mass.layers):
         shares = layer.by_distance(edges).mean(axis=0)
@@ -55,13 +59,15 @@ def show_mass(mass: AttentionMass, console: Console) -> None:
     console.print(table)
     kept = Table("layer", title="Share of attention that a pattern keeps, mean (lowest head)", title_justify="left")
     for candidate in mass.candidates:
-        kept.add_column(candidate, justify="right")
+        kept.add_column(candidate, justify="right", overflow="fold")
     for number, layer in enumerate(mass.layers):
         values = [layer.kept[candidate] for candidate in mass.candidates]
         kept.add_row(str(number), *(f"{value.mean():.3f} ({value.min():.3f})" for value in values))
     kept.add_section()
     kept.add_row("all", *(f"{mass.overall(candidate):.3f}" for candidate in mass.candidates))
     console.print(kept)
-    console.print(f"{mass.samples} texts of {mass.data}, {mass.tokens:,} tokens, the longest {mass.longest:,}")
+    console.print(
+        f"{mass.samples} texts of {mass.data}, {mass.tokens:,} tokens, the longest {mass.longest:,}", soft_wrap=True
+    )
     if mass.longest <= _SHORT:
         console.print("These texts are short: every window sees most of them. Give longer ones.")

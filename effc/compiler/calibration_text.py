@@ -53,8 +53,7 @@ def calibration_text(recipe: Recipe, source: SourceModel, purpose: str) -> Calib
     Raises:
         DataError: if none are given, or the model reads none.
     """
-    settings = recipe.attention
-    data = settings.data or recipe.quantization.calibration.data or recipe.verify.data
+    settings, data = recipe.attention, _data(recipe)
     if source.task.modality != "text":
         raise DataError(
             f"{purpose} measures on text, and this model reads {source.task.modality}.",
@@ -72,6 +71,15 @@ def calibration_text(recipe: Recipe, source: SourceModel, purpose: str) -> Calib
     batches = list(tokenize(samples, source.processor, limit, _BATCH, "np", input_names(source)))
     lengths = [int(count) for batch in batches for count in batch["attention_mask"].sum(axis=1)]
     return CalibrationText(str(data), samples, batches, limit, max(lengths), sum(lengths))
+
+
+def names_text(recipe: Recipe, source: SourceModel) -> bool:
+    """Whether there is any text to measure on."""
+    return _data(recipe) is not None and source.task.modality == "text"
+
+
+def _data(recipe: Recipe) -> str | None:
+    return recipe.attention.data or recipe.quantization.calibration.data or recipe.verify.data
 
 
 def random_text(source: SourceModel, length: int) -> CalibrationText:

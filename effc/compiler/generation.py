@@ -112,7 +112,7 @@ class Generator:
             return self._run_step(memory, memory.last_feeds())
         outputs = self._run(memory.tokens, memory.mask, _positions(memory.mask), memory.prompt_feeds())
         memory.keep_prompt(outputs)
-        return outputs["logits"][:, -1]
+        return _last(outputs)
 
     def step(self, memory: Memory, tokens: Tokens) -> NDArray[np.float32]:
         """Run one more token of each sequence, ``[batch]``; logits of what follows it, ``[batch, vocabulary]``."""
@@ -122,7 +122,7 @@ class Generator:
         places = memory.mask.sum(axis=1, keepdims=True, dtype=np.int64) - 1
         outputs = self._run(memory.tokens[:, -1:], np.ones_like(memory.mask[:, -1:]), places, feeds)
         memory.keep_step(outputs)
-        return outputs["logits"][:, -1]
+        return _last(outputs)
 
     def _run(self, tokens: Tokens, mask: Mask, positions: Tokens, caches: dict[str, Any]) -> dict[str, Any]:
         feeds = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
@@ -196,7 +196,9 @@ def generation_record(manifest: Manifest) -> GenerationRecord:
         )
     reasons = [skip.reason for record in manifest.passes if record.name == "generation" for skip in record.skipped]
     if reasons:
-        raise UsageError(f"This artifact cannot generate: {reasons[0]}", "Use another --attn, or run it token by token.")
+        raise UsageError(
+            f"This artifact cannot generate: {reasons[0]}", "Use another --attn, or run it token by token."
+        )
     raise UsageError(
         "This artifact was compiled without its generating graph.", "Compile it again without --no-generation."
     )
@@ -218,12 +220,15 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], SamplingS
 
 def tell(streamer: Streamer | Callable[[Any], Any] | None, value: Any) -> None:
     """Hand tokens to a streamer of transformers, or to a function."""
-    if streamer is None:
-        return
-    put = getattr(streamer, "put", streamer)
-    put(value)
+    put: Any = getattr(streamer, "put", streamer)
+    if put is not None:
+        put(value)
+
+
+def _last(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    return np.asarray(outputs["logits"][:, -1], dtype=np.float32)
 
 
 def _positions(mask: Mask) -> Tokens:
     """Each token's place among those that are no padding."""
-    return np.maximum(mask.cumsum(axis=1, dtype=np.int64) - 1, 0)
+    return np.asarray(np.maximum(mask.cumsum(axis=1, dtype=np.int64) - 1, 0))

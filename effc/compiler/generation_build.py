@@ -18,8 +18,13 @@ from effc.compiler.exported import export_key
 from effc.compiler.generation import Generator
 from effc.compiler.generation_memory import Memory
 from effc.compiler.inputs import ragged_inputs
-from effc.compiler.manifest import AttentionLayer, CachedLayerRecord, CacheGroupRecord, GenerationRecord
-from effc.compiler.manifest import OutputDeviation
+from effc.compiler.manifest import (
+    AttentionLayer,
+    CachedLayerRecord,
+    CacheGroupRecord,
+    GenerationRecord,
+    OutputDeviation,
+)
 from effc.compiler.metrics import deviation
 from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.compiler.source import SourceModel
@@ -142,8 +147,8 @@ def record_of(
     """
     settings = model.generation_config
     owners = [owner for owner in (settings, processor, model.config) if owner is not None]
-    ends = next((value for owner in owners if (value := getattr(owner, "eos_token_id", None)) is not None), [])
-    ends = [int(end) for end in (ends if isinstance(ends, (list, tuple)) else [ends])]
+    found: Any = next((value for owner in owners if (value := getattr(owner, "eos_token_id", None)) is not None), [])
+    ends = [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]
     paddings = [getattr(owner, "pad_token_id", None) for owner in owners]
     padding = next((value for value in paddings if isinstance(value, int) and value >= 0), ends[0] if ends else 0)
     return GenerationRecord(
@@ -199,5 +204,3 @@ def _proof(source: SourceModel, record: GenerationRecord, path: Path) -> OutputD
     found = [generator.prefill(memory)]
     found += [generator.step(memory, tokens[:, place]) for place in range(tokens.shape[1] - steps, tokens.shape[1])]
     return deviation(expected, np.stack(found, axis=1), np.ones(expected.shape[:2]), logits=True)
-
-

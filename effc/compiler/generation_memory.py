@@ -88,9 +88,7 @@ class Memory:
 class _Part(ABC):
     """The caches of the layers of one group."""
 
-    def __init__(
-        self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int
-    ):
+    def __init__(self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int):
         self.group, self.record, self.layers, self.batch = group, record, layers, batch
         self.arrays: dict[str, Array] = {}
 
@@ -117,9 +115,7 @@ class _Part(ABC):
 class _Slots(_Part):
     """Arrays ``[batch, kv_heads, capacity, head_dim]``; see :class:`SlotCache`."""
 
-    def __init__(
-        self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int
-    ):
+    def __init__(self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int):
         super().__init__(group, record, layers, batch)
         self._cache = SlotCache(record.sinks, record.recent)
         self._pattern = parse_pattern(record.pattern)
@@ -224,9 +220,7 @@ class _Carried(_Part):
 class _Ordered(_Carried):
     """Arrays ``[batch, length, width]`` in the order of the text."""
 
-    def __init__(
-        self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int
-    ):
+    def __init__(self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int):
         super().__init__(group, record, layers, batch)
         for number, layer in layers:
             widths = {"key": layer.kv_heads, "value": layer.kv_heads}
@@ -248,9 +242,7 @@ class _Ordered(_Carried):
 class _State(_Carried):
     """The state of linear forms."""
 
-    def __init__(
-        self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int
-    ):
+    def __init__(self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int):
         super().__init__(group, record, layers, batch)
         for number, _ in layers:
             for name, shape in record.state.items():

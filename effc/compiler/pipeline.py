@@ -21,6 +21,7 @@ from effc import __version__
 from effc.compiler.artifact import check_output, record_files, staged, write_manifest
 from effc.compiler.attention_search import SEARCH_VERSION, needs_search, resolved, search
 from effc.compiler.bench import bench, choose_lengths
+from effc.compiler.calibrate_forms import calibrate_forms
 from effc.compiler.data import read_samples, tokenize
 from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
 from effc.compiler.generation_build import GENERATION_VERSION, add_generation
@@ -221,6 +222,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         rewritten = rewrite(source, attention, observed)
         if found is None:
             refuse_untrained(source, observed, recipe)
+        rewritten.result.metrics.update(calibrate_forms(source, observed, recipe))
         record = log.add(RewriteAttention.name, RewriteAttention.version, started, rewritten.result)
         record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
     layers = rewritten.layers

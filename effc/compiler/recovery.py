@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effc.compiler.calibration_text import CalibrationText, calibration_text, random_text
+from effc.compiler.calibration_text import CalibrationText, calibration_text, names_text, random_text
 from effc.compiler.recipe import Recipe
 from effc.compiler.sensitivity import measure_effects
 from effc.compiler.source import SourceModel
@@ -36,8 +36,6 @@ def refuse_untrained(source: SourceModel, observed: ObservedAttention, recipe: R
 
 
 def _texts(recipe: Recipe, source: SourceModel) -> CalibrationText:
-    settings = recipe.attention
-    given = settings.data or recipe.quantization.calibration.data or recipe.verify.data
-    if given is None or source.task.modality != "text":
-        return random_text(source, settings.max_length)
+    if not names_text(recipe, source):
+        return random_text(source, recipe.attention.max_length)
     return calibration_text(recipe, source, "The refusal of a form")

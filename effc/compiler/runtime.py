@@ -214,7 +214,8 @@ class CompiledModel:
                 be longer than the model's positions.
             OutputError: if the generating graph is missing or damaged.
         """
-        return (_like_input(tokens, input_ids) for tokens in self._stream(self._prompt(input_ids, attention_mask), options))
+        new = self._stream(self._prompt(input_ids, attention_mask), options)
+        return (_like_input(tokens, input_ids) for tokens in new)
 
     def generator(self) -> Generator:
         """The generating graph, loaded on first use.

@@ -83,23 +83,32 @@ class Sampler:
             mask: ``[batch, length]``, False for padding.
         """
         settings = self._settings
-        if settings.repetition_penalty != 1.0:
-            logits = _penalised(logits, tokens, mask, settings.repetition_penalty)
         if not settings.samples:
-            return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
-        scores = logits.astype(np.float64) / (settings.temperature or 1.0)
-        if settings.top_k is not None:
-            least = np.partition(scores, -min(settings.top_k, scores.shape[1]), axis=-1)
-            least = least[:, -min(settings.top_k, scores.shape[1])]
-            scores = np.where(scores < least[:, None], -np.inf, scores)
-        probabilities = _softmax(scores)
-        if settings.top_p is not None and settings.top_p < 1:
-            probabilities = _nucleus(probabilities, settings.top_p)
+            return np.asarray(self._penalised(logits, tokens, mask).argmax(axis=-1), dtype=np.int64)
+        probabilities = self.probabilities(logits, tokens, mask)
         drawn = self._random.random(len(logits))
-        chosen = (probabilities.cumsum(axis=-1) < drawn[:, None]).sum(axis=-1)
-        # Rounding may leave the sum just below the number drawn.
-        last = scores.shape[1] - 1 - (probabilities[:, ::-1] > 0).argmax(axis=-1)
+        chosen = (probabilities.cumsum(axis=-1) <= drawn[:, None]).sum(axis=-1)
+        # Rounding may leave the whole sum just below the number drawn.
+        last = probabilities.shape[1] - 1 - (probabilities[:, ::-1] > 0).argmax(axis=-1)
         return np.asarray(np.minimum(chosen, last), dtype=np.int64)
+
+    def probabilities(self, logits: Floats, tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """What tokens are drawn from, ``[batch, vocabulary]``; arguments as for :meth:`choose`."""
+        settings = self._settings
+        logits = self._penalised(logits, tokens, mask)
+        scores = logits.astype(np.float64) / (settings.temperature or 1.0)
+        if settings.top_k is not None and settings.top_k < scores.shape[1]:
+            least = np.partition(scores, -settings.top_k, axis=-1)[:, -settings.top_k]
+            scores = np.where(scores < least[:, None], -np.inf, scores)
+        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        result = powers / powers.sum(axis=-1, keepdims=True)
+        if settings.top_p is not None and settings.top_p < 1:
+            result = _nucleus(result, settings.top_p)
+        return np.asarray(result, dtype=np.float64)
+
+    def _penalised(self, logits: Floats, tokens: Tokens, mask: NDArray[np.bool_]) -> Floats:
+        penalty = self._settings.repetition_penalty
+        return logits if penalty == 1.0 else _penalised(logits, tokens, mask, penalty)
 
 
 def _penalised(logits: Floats, tokens: Tokens, mask: NDArray[np.bool_], penalty: float) -> Floats:
@@ -109,11 +118,6 @@ def _penalised(logits: Floats, tokens: Tokens, mask: NDArray[np.bool_], penalty:
         values = logits[row, seen]
         logits[row, seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits
-
-
-def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
 def _nucleus(probabilities: NDArray[np.float64], share: float) -> NDArray[np.float64]:

@@ -66,7 +66,15 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.F
     packed_shape = Constant <value_ints: ints = [0, 1, {heads * dim}]> ()
     output = Reshape ({"guarded" if guarded else "attended"}, packed_shape)
     """
-    inputs = ["query", "key", "value", "past_key", "past_value", "bias", *(["distance", *distances] if distances else [])]
+    inputs = [
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "bias",
+        *(["distance", *distances] if distances else []),
+    ]
     overload = "_".join([f"h{heads}_kv{kv}_d{dim}_s{scale.replace('.', 'p')}", *distances, *(["guarded"] * guarded)])
     proto = parser.parse_function(
         f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'

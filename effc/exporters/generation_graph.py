@@ -125,7 +125,7 @@ class _Surgeon:
         given: dict[str, ir.Value],
         cache: SlotCache,
     ) -> None:
-        shape = ["batch", geometry.kv_heads, f"slots.{place}", geometry.head_dim]
+        shape: list[int | str] = ["batch", geometry.kv_heads, f"slots.{place}", geometry.head_dim]
         past = [self._input(f"past_{what}.{number}", ir.DataType.FLOAT, shape) for what in ("key", "value")]
         bias = self._input(f"bias.{place}", ir.DataType.FLOAT, ["batch", 1, 1, f"columns.{place}"])
         distances = {name: given[name] for name in DISTANCE_INPUTS if name in given}
@@ -158,11 +158,12 @@ class _Surgeon:
         _give_body(self._model, node)
         if cache.queries == 1:
             return
-        past = self._input(f"past_query.{number}", ir.DataType.FLOAT, ["batch", "past_queries", own_query.shape[-1]])
+        query_width = geometry.num_heads * geometry.head_dim
+        past = self._input(f"past_query.{number}", ir.DataType.FLOAT, ["batch", "past_queries", query_width])
         node.replace_input_with(0, self._joined(node, "query", number, past, own_query))
         output = node.outputs[0]
         # ONNX Runtime reuses buffers of equal symbolic shapes, and this one is longer than the model's states now.
-        output.shape = ir.Shape([own_query.shape[0], None, own_query.shape[2]]) if own_query.shape is not None else None
+        output.shape = ir.Shape(["batch", None, query_width])
         last = ir.node("Slice", [output, *self._slice_ends(node, own_query)])
         _like(last.outputs[0], own_query)
         self._graph.insert_after(node, last)
@@ -230,9 +231,9 @@ class _Surgeon:
             name=f"{node.name}/choice",
         )
         graph.insert_before(node, choice)
-        name, result.name = result.name, None
+        result_name, result.name = result.name, None
         _like(choice.outputs[0], result)
-        choice.outputs[0].name = name
+        choice.outputs[0].name = result_name
         ir.convenience.replace_all_uses_with(result, choice.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         return tuple(choice.outputs)
@@ -261,11 +262,8 @@ class _Surgeon:
     def _hand_out(self, name: str, value: ir.Value, kept: ir.Value | None) -> None:
         """Make a value of the graph, or the rows of it that are kept, an output."""
         last = value.producer()
-        if kept is not None:
-            gather = ir.node("Gather", [value, kept], {"axis": 1})
-        else:
-            # Two heads of one key, say, would hand out the same value under two names.
-            gather = ir.node("Identity", [value])
+        # Not the value itself where all is kept: parts of a layer's heads may share one.
+        gather = ir.node("Identity", [value]) if kept is None else ir.node("Gather", [value, kept], {"axis": 1})
         _like(gather.outputs[0], value)
         if kept is not None and value.shape is not None:
             assert kept.shape is not None

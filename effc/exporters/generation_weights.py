@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir import external_data
 
@@ -58,7 +60,7 @@ def save_sharing_weights(model: ir.Model, path: Path, other: Path) -> int:
 
 
 def _content(tensor: ir.TensorProtocol) -> _Content:
-    array = tensor.numpy()
+    array = np.ascontiguousarray(tensor.numpy())
     # Hashed in place: the largest weights are gigabytes.
-    digest = hashlib.sha256(array.reshape(-1).view("uint8") if array.size else b"").digest()
-    return tensor.dtype, tuple(array.shape), digest
+    content: Any = array.reshape(-1).view(np.uint8)
+    return tensor.dtype, tuple(array.shape), hashlib.sha256(content).digest()

@@ -136,7 +136,7 @@ def _targets(observed: ObservedAttention) -> list[_Target]:
 
 
 def _parameters(layer: ObservedLayer) -> torch.nn.ParameterDict:
-    parameters: torch.nn.ParameterDict = layer.module.get_submodule(PARAMETERS)
+    parameters: torch.nn.ParameterDict = getattr(layer.module, PARAMETERS)
     return parameters
 
 

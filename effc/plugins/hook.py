@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from effc.errors import PreconditionError
 from effc.plugins.operator import AttentionGeometry, emit
 from effc.plugins.pattern import Pattern
 from effc.plugins.reference import attend
@@ -100,11 +101,20 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple
 
     Returns:
         The attention modules that came through the hook, in execution order, and the model's outputs.
+
+    Raises:
+        PreconditionError: if the model does arithmetic on the mask that the mask interface gives it.
     """
     observation = _Observation({module: name for name, module in model.named_modules()}, inputs.get("attention_mask"))
     model.set_attn_implementation(IMPLEMENTATION)
-    with _observing(observation), torch.no_grad():
-        outputs = model(**inputs)
+    try:
+        with _observing(observation), torch.no_grad():
+            outputs = model(**inputs)
+    except RuntimeError as error:
+        raise PreconditionError(
+            f"{type(model).__name__} does not run with a padding mask in place of a mask of its own: {error}.",
+            "Its code computes with the mask, as BEiT does with its position bias; compile another architecture.",
+        ) from error
     return list(observation.layers.values()), outputs
 
 
@@ -258,9 +268,12 @@ def _observed(
         # The rule of transformers' sdpa function for modules without a mask.
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         visibility = Visibility(bool(causal) and query.shape[2] > 1)
-    elif attention_mask.ndim == 4 and added is None:
-        visibility, added = read_mask_tensor(attention_mask, observation.padding)
+    elif attention_mask.ndim == 4:
+        own = attention_mask.expand(-1, -1, query.shape[2], -1)
+        visibility, in_mask = read_mask_tensor(own, observation.padding)
         own_mask = True
+        if in_mask is not None:
+            added = in_mask if added is None else added + in_mask
     else:
         visibility = Visibility.unknown("it builds its own attention mask")
     cross = query.shape[2] != key.shape[2]

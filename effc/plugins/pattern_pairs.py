@@ -52,7 +52,9 @@ def _count(terms: Sequence[Term], query: Positions, length: int, causal: bool) -
         total += np.maximum(high - low + 1, 0)
     progressions = [
         (step, np.maximum(low, 0), np.minimum(high, last))
-        for step, low, high in (_progression(term, query, scope) for term in terms if isinstance(term, (Strided, Dilated)))
+        for step, low, high in (
+            _progression(term, query, scope) for term in terms if isinstance(term, (Strided, Dilated))
+        )
     ]
     for size in range(1, len(progressions) + 1):
         for chosen in combinations(progressions, size):
@@ -107,7 +109,8 @@ def _merge(intervals: list[_Interval]) -> list[_Interval]:
     low, high = np.take_along_axis(low, order, axis=0), np.take_along_axis(high, order, axis=0)
     reached = np.maximum.accumulate(high, axis=0)
     return [
-        (low[row] if row == 0 else np.maximum(low[row], reached[row - 1] + 1), high[row]) for row in range(len(intervals))
+        (low[row] if row == 0 else np.maximum(low[row], reached[row - 1] + 1), high[row])
+        for row in range(len(intervals))
     ]
 
 

@@ -4,6 +4,8 @@ from effc.plugins.bodies import dynamic as dynamic
 from effc.plugins.bodies import topk as topk
 from effc.plugins.bodies import topk_blocks as topk_blocks
 from effc.plugins.bodies import linear as linear
+from effc.plugins.bodies import linformer as linformer
+from effc.plugins.bodies import nystrom as nystrom
 from effc.plugins.bodies import position as position
 from effc.plugins.bodies import chunked as chunked
 from effc.plugins.bodies import dense_chunked as dense_chunked

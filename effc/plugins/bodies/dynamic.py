@@ -179,6 +179,7 @@ def _bidirectional(form: Dynamic, g: AttentionGeometry, per_chunk: int) -> str:
 
 
 def _causal(form: Dynamic, g: AttentionGeometry) -> str:
+    """Columns are the near blocks, the own one first, then as many important keys and means as there can be by then."""
     kv = g.kv_heads
     near = form.reach + 1
     return f"""
@@ -222,6 +223,11 @@ def _causal(form: Dynamic, g: AttentionGeometry) -> str:
         top_bias = Where (top_visible, zero_float, hidden_bias)
         top_rows = Add (top_keys, head_starts)
 
+        far_count = Add (leaving, n1)
+        far_blocks = Max (far_count, n0)
+        far_blocks_1d = Unsqueeze (far_blocks, zero)
+        far_tokens = Mul (far_blocks_1d, block)
+        top_count = Min (kept, far_tokens)
         top_blocks = Div (top_keys, block)
         top_visible_float = Cast <to: int = 1> (top_visible)
         no_counts = Mul (visible_counts, zero_float)
@@ -239,6 +245,10 @@ def _causal(form: Dynamic, g: AttentionGeometry) -> str:
         suffix_existing = Min (top_counts, last_suffix)
         suffix = Cast <to: int = 7> (suffix_existing)
         mean_rows = Add (mean_starts, suffix)
+        far_mean_rows = Slice (mean_rows, zero, far_blocks_1d, two)
+        far_mean_bias = Slice (mean_bias, zero, far_blocks_1d, two)
+        far_top_rows = Slice (top_rows, zero, top_count, two)
+        far_top_bias = Slice (top_bias, zero, top_count, two)
 
         near_offsets = Constant <value_ints: ints = [{", ".join(str(-number) for number in range(near))}]> ()
         near_numbers = Add (near_offsets, own_number)
@@ -259,8 +269,8 @@ def _causal(form: Dynamic, g: AttentionGeometry) -> str:
         near_positions_flat = Reshape (near_positions, flat)
         near_rows = Add (head_starts, near_positions_flat)
 
-        column_rows = Concat <axis: int = 2> (near_rows, top_rows, mean_rows)
-        column_bias = Concat <axis: int = 2> (near_bias, top_bias, mean_bias)
+        column_rows = Concat <axis: int = 2> (near_rows, far_top_rows, far_mean_rows)
+        column_bias = Concat <axis: int = 2> (near_bias, far_top_bias, far_mean_bias)
         bias_axes = Constant <value_ints: ints = [2, 3, 4]> ()
         chunk_bias = Unsqueeze (column_bias, bias_axes)
         keys_gathered = Gather <axis: int = 0> (key_table, column_rows)
@@ -287,8 +297,10 @@ def _suffix_means(g: AttentionGeometry) -> str:
     return f"""
     block_size = Constant <value_ints: ints = [{SUMMARY_BLOCK}]> ()
     ranked_scores, ranking = TopK <axis: int = -1, largest: int = 1, sorted: int = 1> (token_scores, block_size)
-    ordered_ranking, ranks = TopK <axis: int = -1, largest: int = 0, sorted: int = 1> (ranking, block_size)
     suffix_starts = Range (n0, block, n1)
+    ranking_shape = Shape (ranking)
+    ranks_in_order = Expand (suffix_starts, ranking_shape)
+    ranks = ScatterElements <axis: int = -1> (ranks_in_order, ranking, ranks_in_order)
     suffix_column = Unsqueeze (suffix_starts, one)
     rank_row_axes = Constant <value_ints: ints = [3]> ()
     rank_rows = Unsqueeze (ranks, rank_row_axes)

@@ -1,4 +1,4 @@
-"""The ONNX function body of ``effc::LinearAttention``: one sequence of the batch after the other, chunk by chunk."""
+"""The ONNX function body of ``effc::LinearAttention``: short texts at once, others chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from effc.plugins.bodies.linear_chunks import (
     read_state,
 )
 from effc.plugins.bodies.linear_maps import check_given
+from effc.plugins.bodies.linear_short import SHORT, all_pairs
 from effc.plugins.bodies.sequence_rows import each_sequence
 from effc.plugins.forms.linear import LinearForm
 from effc.plugins.operator import KEY_MASK, AttentionGeometry
@@ -30,7 +31,13 @@ def _(form: LinearForm, geometry: AttentionGeometry, given: frozenset[str]) -> s
     {empty_state(geometry)}
     offset = Sub (key_length, query_length)
     {"mask_float = Cast <to: int = 1> (key_mask)" if masked else ""}
-    {each_sequence(inputs, steps)}
+    short_length = Constant <value: tensor = int64 {{{SHORT}}}> ()
+    is_short = LessOrEqual (key_length, short_length)
+    output = If (is_short) <then_branch: graph = short () => (short_output) {{
+        {all_pairs(geometry, masked, "short_output")}
+    }}, else_branch: graph = long () => (long_output) {{
+        {each_sequence(inputs, steps, "long_output")}
+    }}>
     """
 
 

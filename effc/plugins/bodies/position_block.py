@@ -28,6 +28,12 @@ class Attended:
     output: Value
     statistic: Value | None
 
+    def rows(self, s: Statements, numbers: Value) -> Attended:
+        """Of some queries only."""
+        output = s("Gather", self.output, numbers, axis=0, to="earlier_output")
+        statistic = self.statistic and s("Gather", self.statistic, numbers, axis=0, to="earlier_statistic")
+        return Attended(output, statistic)
+
 
 def attend_block(
     s: Statements,

@@ -7,6 +7,7 @@ more keys than they see.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from effc.plugins.bodies.position_block import Attended, attend_block, distance_bias, merge
 from effc.plugins.bodies.position_gathered import trim
@@ -39,80 +40,100 @@ def class_part(
     Returns:
         Rows as in :attr:`Inputs.query_rows`.
     """
-    step = part.modulus
-    first = s("Div", inputs.offset, step, to="first_member")
-    members = s("Div", s("Add", inputs.keys, step - 1), step, to="class_length")
-    rows = s("Sub", members, first)
-    per_class = s("Div", s("Add", rows, _BLOCK - 1), _BLOCK, to="blocks_per_class")
-    size = s("Div", s("Add", rows, s("Sub", per_class, 1)), per_class, to="class_block")
-    # [batch, classes, blocks]
-    axes = s.shape(inputs.batch, step, per_class)
-    batch_index = s.reshape(s.range(inputs.batch), -1, 1, 1)
-    class_index = s.reshape(s.range(step), -1, 1)
-    starts = s("Add", s("Mul", s.range(per_class), size), first)
-    flat = [
-        s("Flatten", s("Expand", index, axes), axis=0, to=name)
-        for index, name in ((s("Mul", batch_index, inputs.keys), "class_row"), (class_index, "class_index"))
-    ]
-    sequences = [s("Squeeze", index, [0]) for index in (*flat, s("Flatten", s("Expand", starts, axes), axis=0))]
-    place = s("Add", s("Mul", s("Add", s("Unsqueeze", starts, [1]), s.range(size)), step), s("Unsqueeze", class_index, [2]))
-    place = s("Max", s("Min", s("Sub", place, inputs.offset), s("Sub", inputs.queries, 1)), 0)
-    query_rows = s("Add", place, s("Unsqueeze", s("Mul", batch_index, inputs.queries), [3]))
-    sequences.append(s.reshape(query_rows, -1, size, to="class_query_rows"))
+    table = _blocks(s, inputs, part)
+    with_statistic = not last
 
-    span = members
-    if part.reach is not None:
-        # A class that is shorter than the window of a block is taken as a whole.
-        span = s("Min", s("Add", size, sum(part.reach)), members, to="class_span")
-    last_start = s("Sub", members, span)
-    merged_excluded = [term for term in excluded]
-
-    def body(b: Statements, elements: list[Value]) -> list[Value]:
+    def step(b: Statements, elements: list[Value]) -> list[Value]:
         batch_row, class_number, start, own_rows = elements
-        member = b.range(span)
+        member = b.range(table.span)
         if part.reach is not None:
-            member = b("Add", member, b("Max", b("Min", b("Sub", start, part.reach[0]), last_start), 0))
-        positions = b("Add", b("Mul", member, step), class_number, to="class_positions")
-        inside = b("Less", positions, inputs.keys)
-        key_rows = b("Add", b("Min", positions, b("Sub", inputs.keys, 1)), batch_row)
-        padding = None if inputs.mask_rows is None else b("Gather", inputs.mask_rows, key_rows)
-        visible = b("Unsqueeze", b.all_of(inside, padding) or inside, [0])
-        query_member = b("Unsqueeze", b("Add", b.range(size), start), [1])
-        if part.reach is not None or causal:
-            ahead = b("Sub", b("Unsqueeze", member, [0]), query_member)
-            visible = b("And", visible, b("LessOrEqual", ahead, 0 if causal else part.reach[1] if part.reach else 0))
-            if part.reach is not None:
-                visible = b("And", visible, b("GreaterOrEqual", ahead, -part.reach[0]))
-        if merged_excluded or inputs.has_bias:
-            query = b("Add", b("Mul", query_member, step), class_number)
-            key = b("Unsqueeze", positions, [0])
-            seen = near_visible(b, merged_excluded, query, key, causal)
-            visible = visible if seen is None else b("And", visible, b("Not", seen))
+            before_start = b("Sub", start, part.reach[0])
+            first_member = b("Max", b("Min", before_start, b("Sub", table.members, table.span)), 0)
+            member = b("Add", member, first_member)
+        positions = b("Add", b("Mul", member, part.modulus), class_number, to="class_positions")
+        key_rows = b("Add", b("Min", positions, b("Sub", inputs.keys, 1)), batch_row, to="class_rows")
+        usable = b("Less", positions, inputs.keys, to="inside")
+        if inputs.mask_rows is not None:
+            usable = b("And", usable, b("Gather", inputs.mask_rows, key_rows))
+        query_member = b("Unsqueeze", b("Add", b.range(table.size), start), [1])
+        query, key = b("Add", b("Mul", query_member, part.modulus), class_number), b("Unsqueeze", positions, [0])
+        near = _in_class(b, part, query_member, b("Unsqueeze", member, [0]), causal)
+        seen = near_visible(b, excluded, query, key, causal)
+        visible = b.all_of(b("Unsqueeze", usable, [0]), near, None if seen is None else b("Not", seen))
+        assert visible is not None
         own = attend_block(
             b,
             inputs.geometry,
             b("Gather", inputs.query_rows, own_rows, axis=0, to="class_query"),
             b("Gather", inputs.key_rows, key_rows, axis=0, to="class_key"),
             b("Gather", inputs.value_rows, key_rows, axis=0, to="class_value"),
-            queries=size,
+            queries=table.size,
             limit=limit_of(b, visible),
             bias=distance_bias(b, inputs, b("Sub", key, query)) if inputs.has_bias else None,
             may_see_nothing=inputs.mask_rows is not None or earlier is not None,
-            with_statistic=earlier is not None or not last,
+            with_statistic=with_statistic or earlier is not None,
         )
         if earlier is not None:
-            assert earlier.statistic is not None
-            before = Attended(
-                b("Gather", earlier.output, own_rows, axis=0), b("Gather", earlier.statistic, own_rows, axis=0)
-            )
-            own = merge(b, before, own, with_statistic=not last)
+            own = merge(b, earlier.rows(b, own_rows), own, with_statistic)
         return [own.output] if own.statistic is None else [own.output, own.statistic]
 
-    results = s.scan(sequences, body, to="class_blocks")
-    heads, front = inputs.geometry.num_heads, s("Sub", inputs.offset, s("Mul", first, step))
+    results = s.scan(table.sequences, step, to="class_blocks")
+    heads = inputs.geometry.num_heads
     ordered = []
     for result, width in zip(results, (inputs.geometry.head_dim, 1), strict=False):
-        by_class = s.reshape(result, inputs.batch, step, -1, heads * width)
+        by_class = s.reshape(result, inputs.batch, part.modulus, -1, heads * width)
         in_order = s.reshape(s("Transpose", by_class, perm="[0, 2, 1, 3]"), inputs.batch, -1, heads * width)
-        ordered.append(s.reshape(trim(s, in_order, front, inputs.queries), -1, heads, width))
+        ordered.append(s.reshape(trim(s, in_order, table.front, inputs.queries), -1, heads, width))
     return Attended(ordered[0], ordered[1] if len(ordered) > 1 else None)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How the queries of all classes are cut into blocks; scalars, but for ``sequences``.
+
+    Attributes:
+        members: length of a class.
+        size: queries per block.
+        span: keys per block.
+        front: how many rows, in the order of positions, lie before the first query.
+        sequences: for each block of every class of every batch its batch's first key row, its class, the number of its
+            first query within the class, and ``[., size]`` its query rows.
+    """
+
+    members: Value
+    size: Value
+    span: Value
+    front: Value
+    sequences: list[Value]
+
+
+def _blocks(s: Statements, inputs: Inputs, part: ClassPart) -> _Blocks:
+    step = part.modulus
+    first = s("Div", inputs.offset, step, to="first_member")
+    members = s("Div", s("Add", inputs.keys, step - 1), step, to="class_length")
+    rows = s("Sub", members, first)
+    per_class = s("Div", s("Add", rows, _BLOCK - 1), _BLOCK, to="blocks_per_class")
+    size = s("Div", s("Add", rows, s("Sub", per_class, 1)), per_class, to="class_block")
+    # A class that is shorter than the window of a block is taken as a whole.
+    span = members if part.reach is None else s("Min", s("Add", size, sum(part.reach)), members, to="class_span")
+    # [batch, classes, blocks]
+    axes = s.shape(inputs.batch, step, per_class)
+    batch = s.reshape(s.range(inputs.batch), -1, 1, 1)
+    number = s.reshape(s.range(step), -1, 1)
+    starts = s("Add", s("Mul", s.range(per_class), size), first)
+    key_starts = s("Mul", batch, inputs.keys)
+    sequences = [s.reshape(s("Expand", index, axes), -1) for index in (key_starts, number, starts)]
+    own_members = s("Add", s("Unsqueeze", starts, [1]), s.range(size))
+    places = s("Add", s("Mul", own_members, step), s("Unsqueeze", number, [2]))
+    places = s("Max", s("Min", s("Sub", places, inputs.offset), s("Sub", inputs.queries, 1)), 0)
+    query_rows = s("Add", places, s("Unsqueeze", s("Mul", batch, inputs.queries), [3]))
+    sequences.append(s.reshape(query_rows, -1, size, to="class_query_rows"))
+    return _Blocks(members, size, span, s("Sub", inputs.offset, s("Mul", first, step)), sequences)
+
+
+def _in_class(s: Statements, part: ClassPart, query: Value, key: Value, causal: bool) -> Value | None:
+    """True where member ``key`` of a class is visible from member ``query``; None if every one is."""
+    if part.reach is None:
+        return s("LessOrEqual", key, query) if causal else None
+    ahead = s("Sub", key, query, to="ahead")
+    return s("And", s("GreaterOrEqual", ahead, -part.reach[0]), s("LessOrEqual", ahead, part.reach[1]))

@@ -66,11 +66,7 @@ def gathered(
         )
         if earlier is None:
             return [own.output]
-        assert earlier.statistic is not None
-        before = Attended(
-            b("Gather", earlier.output, rows, axis=0), b("Gather", earlier.statistic, rows, axis=0)
-        )
-        return [merge(b, before, own, with_statistic=False).output]
+        return [merge(b, earlier.rows(b, rows), own, with_statistic=False).output]
 
     by_block = s.scan(list(sequences.values()), step, to="attended_blocks")[0]
     packed = s.reshape(by_block, inputs.batch, -1, inputs.geometry.num_heads * inputs.geometry.head_dim)

@@ -26,7 +26,7 @@ class Slots:
         query_rows: ``[., block]``, rows of :attr:`Inputs.query_rows`.
         positions: ``[., slots]``; beyond the sequence where a slot is not usable.
         key_rows: ``[., slots]``, rows of :attr:`Inputs.key_rows`.
-        usable: ``[., slots]`` limits: the slot stands for a key, no other slot of the block does, and it is not padding.
+        usable: ``[., slots]`` limits: the slot stands for a key that is not padding, and no other slot does.
         also_visible: ``[., slots]`` limits: every query of the block sees the key by other terms than the window's,
             or None without such terms. Slots outside the window are all of that kind.
     """
@@ -109,11 +109,11 @@ def _join(s: Statements, inputs: Inputs, part: GatheredPart, blocks: _Blocks, ca
         pieces.append((s("Add", blocks.window[0], s.range(part.window), to="window_positions"), None))
     if part.first_keys:
         positions = s("Unsqueeze", s.range(part.first_keys), [0, 1], to="first_positions")
-        pieces.append((positions, _outside_window(s, positions, blocks)))
+        pieces.append((positions, _outside_window(s, positions, blocks, causal)))
     for number, drawn in enumerate(blocks.drawn):
         positions = s("Add", s("Mul", drawn, RANDOM_BLOCK), s.range(RANDOM_BLOCK), to="random_positions")
         new = s.all_of(
-            _outside_window(s, positions, blocks),
+            _outside_window(s, positions, blocks, causal),
             s("GreaterOrEqual", positions, part.first_keys),
             *(s("Not", s("Equal", drawn, earlier)) for earlier in blocks.drawn[:number]),
         )
@@ -132,9 +132,10 @@ def _join(s: Statements, inputs: Inputs, part: GatheredPart, blocks: _Blocks, ca
     )
 
 
-def _outside_window(s: Statements, positions: Value, blocks: _Blocks) -> Value:
-    before, behind = s("Less", positions, blocks.window[0]), s("GreaterOrEqual", positions, blocks.window[1])
-    return s("Or", before, behind, to="outside_window")
+def _outside_window(s: Statements, positions: Value, blocks: _Blocks, causal: bool) -> Value:
+    before = s("Less", positions, blocks.window[0], to="before_window")
+    # The window of causal attention ends with the block, and nothing behind that is visible.
+    return before if causal else s("Or", before, s("GreaterOrEqual", positions, blocks.window[1]), to="outside_window")
 
 
 def _marked_slots(
@@ -145,7 +146,7 @@ def _marked_slots(
     positions, there = s("Unsqueeze", positions, [1]), s("Unsqueeze", there, [1])
     new = s.all_of(
         there,
-        s("Less", positions, blocks.window[0]) if causal else _outside_window(s, positions, blocks),
+        _outside_window(s, positions, blocks, causal),
         s("GreaterOrEqual", positions, part.first_keys),
         *(s("Not", s("Equal", s("Div", positions, RANDOM_BLOCK), drawn)) for drawn in blocks.drawn),
     )

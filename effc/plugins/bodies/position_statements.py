@@ -138,7 +138,7 @@ class Statements:
     def scan(
         self, sequences: Sequence[Value], body: Callable[[Statements, list[Value]], Sequence[Value]], to: str
     ) -> list[Value]:
-        """Run ``body(statements, elements)`` for each element of the sequences' first axes and stack what it returns."""
+        """Run ``body(statements, elements)`` for each element of the sequences' first axes; stack what it returns."""
         inner = Statements(self._names)
         elements = [self._names.fresh(f"{to}_element") for _ in sequences]
         results = [inner._output(result) for result in body(inner, elements)]

@@ -92,8 +92,8 @@ def rows_by_token(g: AttentionGeometry, source: str, target: str) -> str:
     """
 
 
-def each_sequence(inputs: dict[str, str], statements: str) -> str:
-    """Define ``output``: ``statements`` run over each sequence of the batch.
+def each_sequence(inputs: dict[str, str], statements: str, result: str) -> str:
+    """Define ``result [batch, query_length, heads * head_dim]``: ``statements`` run over each sequence of the batch.
 
     Args:
         inputs: tensors with a batch axis, by the name that one sequence of them has within ``statements``.
@@ -106,5 +106,5 @@ def each_sequence(inputs: dict[str, str], statements: str) -> str:
         {statements}
     }}> ({", ".join(inputs.values())})
     joined = Reshape (sequences, joined_shape)
-    output = Slice (joined, zero, query_length_1d, one)
+    {result} = Slice (joined, zero, query_length_1d, one)
     """

@@ -102,8 +102,8 @@ class Dynamic(AttentionForm):
     Importance is ``w . k_j + u |k_j|^2`` for each key/value head; ``scorer [kv_heads, head_dim + 1]`` holds w and,
     last, u. It starts from ``w = 0, u = -1``: keys of small norm draw most attention (Devoto et al., "A Simple and
     Effective L2 Norm-Based Strategy for KV Cache Compression", 2024). Calibration fits it to the attention that keys
-    receive. Keeping the keys that gather attention is H2O's idea (Zhang et al., 2023); a mean weighted by the logarithm of its
-    count is the proportional attention of Token Merging (Bolya et al., 2023).
+    receive. Keeping the keys that gather attention is H2O's idea (Zhang et al., 2023); a mean weighted by the
+    logarithm of its count is the proportional attention of Token Merging (Bolya et al., 2023).
     """
 
     tokens: int

@@ -70,7 +70,7 @@ class Nystrom(LowRankForm):
         return f"nystrom:{self.landmarks}" + ("" if self.method == "newton" else f":{self.method}")
 
     def cost(self, length: int, causal: bool, head_dim: int) -> Cost:
-        """Pooling, two thin attentions and the pseudo-inverse; dense where the tokens are no more than the landmarks."""
+        """Pooling, two thin attentions and the pseudo-inverse; dense if there are no more tokens than landmarks."""
         landmarks = self.landmarks
         if length <= landmarks:
             return Cost(4 * length * length * head_dim, length * length)
@@ -99,6 +99,9 @@ class Linformer(LowRankForm):
     learned: ClassVar[tuple[str, ...]] = ("key_projection", "value_projection")
 
     def __post_init__(self) -> None:
+        # A single column would be broadcast over longer inputs instead of being refused.
+        if self.length < 2:
+            raise UsageError(f"'{self}' is made for fewer than two positions.", "Write linformer:256:512.")
         if self.projected > self.length:
             raise UsageError(
                 f"'{self}' projects {self.length} positions onto {self.projected}, which are more.",

@@ -8,6 +8,7 @@ import torch
 
 from effc.plugins.forms.content import SUMMARY_BLOCK, Dynamic
 from effc.plugins.reference.dispatch import attend, initial_parameters
+from effc.plugins.reference.topk import strongest
 
 
 @attend.register
@@ -75,8 +76,7 @@ def near_keys(form: Dynamic, positions: torch.Tensor, block: int, causal: bool) 
 
 def most_important(form: Dynamic, scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """The ``form.tokens`` keys of largest importance, bool, of the shape of ``among [batch, kv_heads, key_length]``."""
-    ranked = torch.sort(scores.masked_fill(~among, -torch.inf), dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(among).scatter(-1, ranked[..., : form.tokens], True) & among
+    return strongest(scores.masked_fill(~among, -torch.inf), form.tokens) & among
 
 
 def summaries(
@@ -92,7 +92,8 @@ def summaries(
 
     def mean(states: torch.Tensor) -> torch.Tensor:
         blocked = torch.nn.functional.pad(states, (0, 0, 0, padding)).unflatten(2, (blocks, SUMMARY_BLOCK))
-        return (blocked * held[..., None]).sum(dim=3) / counts.clamp_min(1)[..., None]
+        means: torch.Tensor = (blocked * held[..., None]).sum(dim=3) / counts.clamp_min(1)[..., None]
+        return means
 
     return mean(key), mean(value), counts
 

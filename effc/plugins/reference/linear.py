@@ -9,6 +9,7 @@ from functools import singledispatch
 import torch
 
 from effc.errors import PreconditionError
+from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.linear import CAUSAL_CHUNK, EMPTY_STABILISER, Linear, LinearForm
 from effc.plugins.reference.dispatch import attend
 
@@ -171,7 +172,7 @@ def decode_step(
     return _read(maps.query, after), after
 
 
-def needed(extras: Mapping[str, torch.Tensor], name: str, form: LinearForm) -> torch.Tensor:
+def needed(extras: Mapping[str, torch.Tensor], name: str, form: AttentionForm) -> torch.Tensor:
     """One of the form's learned inputs.
 
     Raises:

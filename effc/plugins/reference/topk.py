@@ -39,9 +39,16 @@ def _(
             own = positions[first + start : first + start + scores.shape[2]]
             visible = visible & (positions <= own[:, None])
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        # A stable sort puts the lower position first among equal scores; torch.topk promises no order.
-        strongest = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : form.count]
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, strongest, True) & visible
+        kept = strongest(scores, form.count) & visible
         weights = torch.softmax(scores.masked_fill(~kept, torch.finfo(scores.dtype).min), dim=-1)
         rows.append((weights * kept) @ value)
     return torch.cat(rows, dim=2)
+
+
+def strongest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Which ``count`` scores of each row are the largest, of equal ones those at the lower positions; bool."""
+    # torch.topk promises no order among equal scores, and sorting whole rows stably takes many times as long.
+    least = torch.topk(scores.detach(), min(count, scores.shape[-1]), dim=-1).values[..., -1:]
+    above, level = scores > least, scores == least
+    places = level.cumsum(dim=-1, dtype=torch.int32)
+    return above | (level & (places <= count - above.sum(dim=-1, keepdim=True)))

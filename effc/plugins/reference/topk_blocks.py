@@ -78,4 +78,5 @@ def chosen_blocks(
     # The own block counts among the chosen even if it holds padding only.
     ranked = torch.sort(scores.masked_fill(own, -torch.inf), dim=-1, descending=True, stable=True).indices
     chosen = torch.zeros_like(own).scatter(-1, ranked[..., : form.count - 1], True)
-    return (chosen & possible[:, None]) | own
+    result: torch.Tensor = (chosen & possible[:, None]) | own
+    return result
