@@ -58,7 +58,7 @@ def own_weights(auto_class, checkpoint):
 @pytest.mark.parametrize(("kind", "auto_class"), [("encoder", AutoModel), ("decoder", AutoModelForCausalLM)])
 @pytest.mark.parametrize("rows_at_once", [1 << 22, 90])
 def test_mass_is_what_the_model_attends_to(kind, auto_class, rows_at_once, texts, request, monkeypatch):
-    monkeypatch.setattr("effc.compiler.attention_mass._WEIGHTS", rows_at_once)
+    monkeypatch.setattr("effc.compiler.attention_recorder._WEIGHTS", rows_at_once)
     checkpoint = request.getfixturevalue(kind)
     causal = kind == "decoder"
     candidates = ["local:3", "sinks:2|local:2", "hierarchical:2", "local:3@0;dense@1"]

@@ -247,8 +247,10 @@ class TestSearch:
             effc.search_attention(images, "duo", data=data)
 
 
-def test_auto_compiles_from_the_command_line(decoder: Path, data: Path, tmp_path: Path) -> None:
-    command = ["compile", decoder, "--attn=auto:0.2", f"--data={data}", "--no-bench", "--json", "-o", tmp_path / "o"]
+def test_duo_compiles_from_the_command_line_to_heads_that_onnxruntime_computes(
+    encoder: Path, data: Path, tmp_path: Path
+) -> None:
+    command = ["compile", encoder, "--attn=duo:0.5:4:1", f"--data={data}", "--no-bench", "--json", "-o", tmp_path / "o"]
     done = subprocess.run(
         [sys.executable, "-m", "effc.cli", *map(str, command)],
         capture_output=True,
@@ -260,33 +262,37 @@ def test_auto_compiles_from_the_command_line(decoder: Path, data: Path, tmp_path
     manifest = json.loads((tmp_path / "o" / "effc.json").read_text())
     found = AttentionSearch.model_validate(manifest["attention_search"])
     assert [record["name"] for record in manifest["passes"]][:2] == ["choose-attention", "rewrite-attention"]
-    assert [layer["pattern"] for layer in manifest["attention"]] == [row.chosen for row in found.layers]
-    assert found.error <= 0.2 and found.cost_share < 1
-    assert manifest["recipe"]["attention"]["pattern"] == "auto:0.2"
+    patterns = [layer["pattern"] for layer in manifest["attention"]]
+    assert patterns == [row.chosen for row in found.layers]
+    assert any("@" in pattern for pattern in patterns)
+    assert found.cost_share < 1
+    assert manifest["recipe"]["attention"]["pattern"] == "duo:0.5:4:1"
     report = (tmp_path / "o" / "report.html").read_text()
     assert "How the attention was chosen" in report
     assert 'aria-label="Sensitivity of every layer' in report
 
+    source = load(locate(build_recipe({"model": str(encoder)}).model))
+    rewrite(source, build_recipe({"attention": {"layers": found.assignment()}}).attention)
+    ids = torch.randint(5, 25, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = source.model(input_ids=ids).last_hidden_state.numpy()
+    result = effc.load(tmp_path / "o", native=False)(input_ids=ids.numpy()).last_hidden_state
+    np.testing.assert_allclose(result, expected, atol=2e-4)
+    figure = str(sensitivity(found, {name: number for number, name in enumerate(ENCODER)}))
+    assert figure.count("stroke: var(--fg)") >= sum(len(row.kept) for row in found.layers)
 
-def test_duo_compiles_to_heads_that_onnxruntime_computes(encoder: Path, data: Path, tmp_path: Path) -> None:
+
+@pytest.mark.slow
+def test_auto_compiles_a_language_model(decoder: Path, data: Path, tmp_path: Path) -> None:
     done = effc.compile(
-        encoder,
-        attention={"pattern": "duo:0.5:4:1", "samples": 4},
+        decoder,
+        attention={"pattern": "auto:0.2", "samples": 4},
         output=tmp_path / "o",
         verify={"data": str(data), "samples": 4},
         bench={"enabled": False},
     )
     found = done.manifest.attention_search
     assert found is not None
-    patterns = [layer.pattern for layer in done.manifest.attention]
-    assert patterns == [row.chosen for row in found.layers]
-    assert any("@" in pattern for pattern in patterns)
-    source = load(locate(build_recipe({"model": str(encoder)}).model))
-    rewrite(source, build_recipe({"attention": {"layers": found.assignment()}}).attention)
-    ids = torch.randint(5, 25, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = source.model(input_ids=ids).last_hidden_state.numpy()
-    result = effc.load(done.path, native=False)(input_ids=ids.numpy()).last_hidden_state
-    np.testing.assert_allclose(result, expected, atol=2e-4)
-    figure = str(sensitivity(found, {name: number for number, name in enumerate(ENCODER)}))
-    assert figure.count("stroke: var(--fg)") >= sum(len(row.kept) for row in found.layers)
+    assert [layer.pattern for layer in done.manifest.attention] == [row.chosen for row in found.layers]
+    assert found.error <= 0.2 and found.cost_share < 1
+    assert "How the attention was chosen" in (done.path / "report.html").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from tiny_artifacts import make_artifact
 
 import effc
+from effc import cli
 from effc.compiler.generation import Prompt, align_left_padded
 from effc.compiler.generation_memory import Memory
 from effc.compiler.pipeline import rewrite
@@ -157,12 +157,8 @@ class TestEnds:
     """Where a text ends, and what is told on the way."""
 
     @pytest.fixture
-    def generator(self, toy_dense):
-        return toy_dense[0]
-
-    @pytest.fixture(scope="class")
-    def toy_dense(self, tmp_path_factory: pytest.TempPathFactory):
-        return MODELS["dense"].generator(tmp_path_factory.mktemp("dense"))
+    def generator(self, tmp_path: Path):
+        return MODELS["dense"].generator(tmp_path)[0]
 
     def test_each_sequence_ends_by_itself(self, generator) -> None:
         tokens, mask = prompts([9, 6, 3], 4)
@@ -344,16 +340,19 @@ class TestArtifact:
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
-    def test_command(self, artifact: Path) -> None:
-        command = [sys.executable, "-m", "effc.cli", "generate", str(artifact), "--prompt", TEXTS[0]]
-        command += ["--max-new-tokens", "6"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True, env=environment)
-        values = json.loads(done.stdout)
-        shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        assert shown.stdout.strip() == values["text"].strip()
-        assert values["new_tokens"] == 6
-        assert "tokens/s" in shown.stderr
+    def test_command(self, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        command = ["generate", str(artifact), "--prompt", TEXTS[0], "--max-new-tokens", "6"]
+        values = {}
+        for flags in ([], ["--json"]):
+            with pytest.raises(SystemExit) as ended:
+                cli.main([*command, *flags])
+            assert ended.value.code == 0
+            values[bool(flags)] = capsys.readouterr()
+        written = json.loads(values[True].out)
+        assert written["new_tokens"] == 6
+        assert written["text"]
+        assert values[False].out.strip() == written["text"].strip()
+        assert "tokens/s" in values[False].err
 
     def test_refusals(self, artifact: Path, tmp_path: Path) -> None:
         model = effc.load(artifact)

@@ -120,6 +120,7 @@ def search(
         task=source.task.name,
         attention=settings.model_dump(mode="json"),
         max_length=source.max_length,
+        positions=None if source.positions is None else source.positions.model_dump(mode="json"),
         length=length,
         texts=_digest(texts),
         toolchain=toolchain(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnx_ir import external_data
 from transformers import PreTrainedModel
 
 from effc.compiler.cache import cache_key, cached
@@ -29,6 +31,7 @@ from effc.compiler.metrics import deviation
 from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.compiler.source import SourceModel
 from effc.errors import PreconditionError
+from effc.exporters.generation_derive import keep_last_position, take_positions
 from effc.exporters.generation_export import export_for_generation, positions_of, takes_positions
 from effc.exporters.generation_graph import CachedLayer, CacheGroup, add_caches
 from effc.exporters.generation_weights import save_sharing_weights
@@ -38,7 +41,7 @@ from effc.passes.quantize_int8 import QuantizeInt8
 from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins.caches import OrderedCache, SlotCache, StateCache
 
-GENERATION_VERSION = 1
+GENERATION_VERSION = 2
 _EXAMPLE_LENGTHS = (40, 24)
 # Prompts of the proof, longer than a usual window, and the tokens that are then taken one by one.
 _PROOF_LENGTHS, _PROOF_STEPS = (440, 61), 8
@@ -53,6 +56,7 @@ def add_generation(
     layers: list[AttentionLayer],
     quantization: QuantizationSection | None,
     calibration: Sequence[Batch] | None,
+    exported: Path,
     directory: Path,
 ) -> tuple[GenerationRecord, OutputDeviation, bool]:
     """Put the generating graph beside the forward graph of an artifact.
@@ -62,6 +66,7 @@ def add_generation(
         layers: what that pass found.
         quantization: settings of INT8, or None.
         calibration: the batches that the forward graph was calibrated with, or None.
+        exported: the exported forward graph, unfused and in fp32.
         directory: holds the finished ``model.onnx``.
 
     Returns:
@@ -72,8 +77,8 @@ def add_generation(
         PreconditionError: if the model cannot generate from caches; says why.
         PassFailedError: if torch cannot export it.
     """
-    exported, hit = exported_generation(source, layers)
-    graph = ir.load(str(exported))
+    start, hit = exported_generation(source, layers, exported)
+    graph = _read(start, exported)
     FuseOnnxRuntime().run(graph)
     if quantization is not None:
         quantizer = QuantizeInt8(quantization, None if calibration is None else list(_with_positions(calibration)))
@@ -86,22 +91,22 @@ def add_generation(
     return record, _proof(source, record, path), hit
 
 
-def exported_generation(source: SourceModel, layers: list[AttentionLayer]) -> tuple[Path, bool]:
-    """Path of the exported graph without caches (unfused, fp32), proved, and whether it came from the cache."""
+def exported_generation(source: SourceModel, layers: list[AttentionLayer], exported: Path) -> tuple[Path, bool]:
+    """Path of the forward graph that generation starts from (unfused, fp32, proved), and whether the cache held it.
+
+    It is made from the exported forward graph where that can be, since an export takes minutes, and exported where not.
+    """
     key = cache_key(version=GENERATION_VERSION, export=export_key(source, layers))
 
     def make(directory: Path) -> None:
         path = directory / MODEL_NAME
-        inputs = ragged_inputs(source, _EXAMPLE_LENGTHS, side="left")
-        save_onnx(export_for_generation(source.model, inputs), path)
-        graph = ir.load(str(path))
-        groups, cached_layers = add_caches(graph)
-        _check_complete(layers, cached_layers)
-        trial = directory / GENERATION_NAME
-        # Its weights stay where they are, in the data file of the exported graph.
-        ir.save(graph, str(trial))
-        found = _proof(source, record_of(source.model, source.processor, groups, cached_layers, 0), trial)
-        trial.unlink()
+        found = _derived(source, layers, exported, path)
+        if found is None or not found.relative_error <= _FAITHFUL:
+            for file in directory.iterdir():
+                file.unlink()
+            inputs = ragged_inputs(source, _EXAMPLE_LENGTHS, side="left")
+            save_onnx(export_for_generation(source.model, inputs), path)
+            found = _trial(source, layers, path, exported)
         if not found.relative_error <= _FAITHFUL:
             raise PreconditionError(
                 f"Written token by token, {type(source.model).__name__} is off by {found.relative_error:.2g} from its "
@@ -111,6 +116,45 @@ def exported_generation(source: SourceModel, layers: list[AttentionLayer]) -> tu
 
     entry, hit = cached("generation", key, make)
     return entry / MODEL_NAME, hit
+
+
+def _derived(source: SourceModel, layers: list[AttentionLayer], exported: Path, path: Path) -> OutputDeviation | None:
+    """Make ``path`` from the exported forward graph and try it; None if positions cannot become an input of it."""
+    graph = ir.load(str(exported))
+    if takes_positions(source.model) and not take_positions(graph.graph):
+        return None
+    keep_last_position(graph.graph)
+    ir.save(graph, str(path))
+    try:
+        return _trial(source, layers, path, exported)
+    except PreconditionError:
+        raise
+    except Exception:
+        # Whatever is wrong with it, the model can still be exported as it is.
+        return None
+
+
+def _weights_of(path: Path, exported: Path) -> Path:
+    """The directory of a graph's weights: a derived graph goes on reading those of the graph it comes from."""
+    return path.parent if path.with_name(f"{path.name}.data").exists() else exported.parent
+
+
+def _read(path: Path, exported: Path) -> ir.Model:
+    graph = ir.load(str(path))
+    external_data.set_base_dir(graph.graph, _weights_of(path, exported))
+    return graph
+
+
+def _trial(source: SourceModel, layers: list[AttentionLayer], path: Path, exported: Path) -> OutputDeviation:
+    """How far generation from the graph at ``path`` is from torch's forward pass."""
+    graph = _read(path, exported)
+    groups, cached_layers = add_caches(graph)
+    _check_complete(layers, cached_layers)
+    # Beside its weights, which stay where they are.
+    with tempfile.NamedTemporaryFile(dir=_weights_of(path, exported), prefix=".trial-", suffix=".onnx") as trial:
+        ir.save(graph, trial.name)
+        record = record_of(source.model, source.processor, groups, cached_layers, 0)
+        return _proof(source, record, Path(trial.name))
 
 
 def _check_complete(layers: list[AttentionLayer], found: list[CachedLayer]) -> None:

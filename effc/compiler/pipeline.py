@@ -262,7 +262,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
         generation = None
         if generates:
             with log.step("generation"):
-                generation = _generation(source, layers, recipe, calibration, staging, log)
+                generation = _generation(source, layers, recipe, calibration, exported, staging, log)
         _save_source_files(source, staging)
         manifest = Manifest(
             effc_version=__version__,
@@ -298,6 +298,7 @@ def _generation(
     layers: list[AttentionLayer],
     recipe: Recipe,
     calibration: list[dict[str, NDArray[Any]]] | None,
+    exported: Path,
     staging: Path,
     log: _Log,
 ) -> GenerationRecord | None:
@@ -305,7 +306,7 @@ def _generation(
     started = time.perf_counter()
     quantization = recipe.quantization if recipe.quantization.mode != "none" else None
     try:
-        record, proof, hit = add_generation(source, layers, quantization, calibration, staging)
+        record, proof, hit = add_generation(source, layers, quantization, calibration, exported, staging)
     except PreconditionError as error:
         result: PassResult[Any] = PassResult(None, False, skipped=[(type(source.model).__name__, error.problem)])
         log.add("generation", GENERATION_VERSION, started, result)

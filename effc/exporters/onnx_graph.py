@@ -36,11 +36,8 @@ def export_onnx(
     """
     dynamic = {name: {axis: torch.export.Dim.AUTO for axis in axes.get(name, {})} for name in inputs}
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, opset_version=OPSET)
-    use_cache = getattr(model.config, "use_cache", None)
-    if use_cache:
-        model.config.use_cache = False
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _without_caches(model):
             graph: ir.Model = OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -48,9 +45,6 @@ def export_onnx(
             f"torch could not export {type(model).__name__} to ONNX: {reason.strip()[:300]}.",
             "Run again with --debug for the whole trace.",
         ) from error
-    finally:
-        if use_cache:
-            model.config.use_cache = use_cache
     _name_axes(graph, axes)
     expand_rotary_caches(graph)
     attach_bodies(graph)
@@ -76,6 +70,20 @@ def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
         value.shape = ir.Shape(
             names.get(str(d.value), d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape
         )
+
+
+@contextlib.contextmanager
+def _without_caches(model: PreTrainedModel) -> Iterator[None]:
+    """Let no part of the model make a key/value cache; the decoder of an encoder-decoder has a config of its own."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager
