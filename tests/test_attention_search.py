@@ -16,8 +16,9 @@ import tiny_checkpoints
 import torch
 
 import effc
-from effc.compiler.attention_search import Option, Step, efficient_steps, resolved, search, within_budget
+from effc.compiler.attention_search import resolved, search
 from effc.compiler.calibration_text import CalibrationText, calibration_text
+from effc.compiler.choose_layers import Option, Step, efficient_steps, within_budget
 from effc.compiler.manifest import AttentionSearch
 from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import Recipe, build_recipe

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import tiny_checkpoints
 import torch
@@ -27,6 +29,7 @@ from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
 from effc.compiler.source import load, locate
 from effc.errors import OutputError, UsageError
+from effc.exporters.generation_derive import keep_last_position, take_positions
 from effc.passes.attention_settings import AttentionSection
 from effc.plugins.caches import OrderedCache, SlotCache, StateCache, cache_of, visible_slots
 from effc.plugins.forms.registry import parse_form, parse_pattern
@@ -204,6 +207,60 @@ def test_padding_is_moved_in_front_of_the_prompt() -> None:
         align_left_padded(tokens, mask & (np.arange(3) != 1)[:, None])
 
 
+def counting_graph(use: str) -> ir.Model:
+    """Positions are counted off, and ``use`` says what reads the count."""
+    text = f"""<ir_version: 10, opset_import: ["": 23]>
+    counting (int64[batch, sequence] input_ids) => (float[batch, sequence, 4] logits)
+    <float[9, 8] table, float[8, 4] head> {{
+        zero = Constant <value: tensor = int64 {{0}}> ()
+        one = Constant <value: tensor = int64 {{1}}> ()
+        first = Constant <value_ints: ints = [0]> ()
+        length_1d = Shape <start: int = 1, end: int = 2> (input_ids)
+        length = Squeeze (length_1d)
+        count = Range (zero, length, one)
+        row = Unsqueeze (count, first)
+        places = Gather (table, row)
+        tokens = Gather (table, input_ids)
+        states = Add (places, tokens)
+        {use}
+        products = MatMul (states, head)
+        logits = Tanh (products)
+    }}"""
+    proto = onnx.parser.parse_model(text)
+    random = np.random.default_rng(0)
+    for value, shape in (("table", (9, 8)), ("head", (8, 4))):
+        proto.graph.initializer.append(
+            onnx.numpy_helper.from_array(random.standard_normal(shape, dtype=np.float32), value)
+        )
+    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
+
+
+def outputs_of(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    return session.run(None, feeds)[0]
+
+
+def test_positions_become_an_input_and_logits_are_those_of_the_last() -> None:
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    before = outputs_of(counting_graph(""), input_ids=ids)
+    model = counting_graph("")
+    assert take_positions(model.graph)
+    counted = np.tile(np.arange(3), (2, 1))
+    np.testing.assert_allclose(outputs_of(model, input_ids=ids, position_ids=counted), before, atol=1e-6)
+    shifted = np.array([[0, 1, 2], [0, 0, 1]])
+    different = outputs_of(model, input_ids=ids, position_ids=shifted)
+    assert np.abs(different[1] - before[1]).max() > 1e-2
+    assert keep_last_position(model.graph)
+    last = outputs_of(model, input_ids=ids, position_ids=shifted)
+    np.testing.assert_allclose(last, different[:, -1:], atol=1e-6)
+
+
+def test_counts_with_other_uses_are_left_alone() -> None:
+    model = counting_graph("other = Add (count, one)")
+    assert not take_positions(model.graph)
+    assert [value.name for value in model.graph.inputs] == ["input_ids"]
+
+
 TEXTS = ["the film was very good", "a dull plot", "i loved the acting and the story but not the film"]
 ATTENTION = "dense,1=local:6|sinks:2"
 
@@ -242,7 +299,12 @@ def compiled(source: Path, output: Path, attention: str = ATTENTION, **options: 
 
 @pytest.fixture(scope="module")
 def artifact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(source, tmp_path_factory.mktemp("out") / "artifact")
+    def refuse(*_: object) -> None:
+        raise AssertionError("positions of a rotary model become an input without a second export")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("effc.compiler.generation_build.export_for_generation", refuse)
+        return compiled(source, tmp_path_factory.mktemp("out") / "artifact")
 
 
 def torch_greedy(source: Path, attention: str, ids: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -79,6 +79,7 @@ def add_generation(
     """
     start, hit = exported_generation(source, layers, exported)
     graph = _read(start, exported)
+    keep_last_position(graph.graph)
     FuseOnnxRuntime().run(graph)
     if quantization is not None:
         quantizer = QuantizeInt8(quantization, None if calibration is None else list(_with_positions(calibration)))
@@ -123,7 +124,6 @@ def _derived(source: SourceModel, layers: list[AttentionLayer], exported: Path, 
     graph = ir.load(str(exported))
     if takes_positions(source.model) and not take_positions(graph.graph):
         return None
-    keep_last_position(graph.graph)
     ir.save(graph, str(path))
     try:
         return _trial(source, layers, path, exported)
@@ -148,6 +148,7 @@ def _read(path: Path, exported: Path) -> ir.Model:
 def _trial(source: SourceModel, layers: list[AttentionLayer], path: Path, exported: Path) -> OutputDeviation:
     """How far generation from the graph at ``path`` is from torch's forward pass."""
     graph = _read(path, exported)
+    keep_last_position(graph.graph)
     groups, cached_layers = add_caches(graph)
     _check_complete(layers, cached_layers)
     # Beside its weights, which stay where they are.
@@ -173,10 +174,10 @@ def _check_complete(layers: list[AttentionLayer], found: list[CachedLayer]) -> N
 
 
 def _with_positions(calibration: Iterable[Batch]) -> Iterable[Batch]:
-    """Calibration batches with what the generating graph takes besides; its logits are of one position."""
+    """Calibration batches with the positions that the generating graph takes besides."""
     for batch in calibration:
         mask = torch.from_numpy(np.asarray(batch["attention_mask"]))
-        yield {**batch, "position_ids": positions_of(mask).numpy(), "logits_to_keep": np.array([-1])}
+        yield {**batch, "position_ids": positions_of(mask).numpy()}
 
 
 def record_of(

@@ -213,7 +213,7 @@ def sensitivity(search: AttentionSearch, numbers: dict[str, int]) -> Markup:
         axes.set_xlim(-0.6, columns - 0.4)
         axes.set_ylim(rows - 0.4, -0.6)
         labels = search.columns if by_head else [_shorten(text, 26) for text in search.columns]
-        turned = {} if by_head else {"rotation": 18, "ha": "right", "rotation_mode": "anchor"}
+        turned: dict[str, Any] = {} if by_head else {"rotation": 18, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(range(columns), labels, fontsize=8 if columns <= 24 else 5, **turned)
         ticks = [str(numbers.get(row.layer, number)) for number, row in enumerate(search.layers)]
         axes.set_yticks(range(rows), ticks, fontsize=8 if rows <= 40 else 6)

@@ -1,4 +1,4 @@
-"""The forward graph that a generating graph is made from: positions as an input, logits of the last token only."""
+"""Export of the forward graph that a generating graph is made from: positions are an input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from effc.exporters.generation_graph import KEPT_LOGITS
 from effc.exporters.onnx_graph import export_onnx
 
 _AXES = {0: "batch", 1: "sequence"}
@@ -28,8 +27,7 @@ def export_for_generation(model: PreTrainedModel, inputs: Mapping[str, torch.Ten
         inputs: ``input_ids`` and ``attention_mask`` ``[batch, length]``, an example.
 
     Returns:
-        The graph with the inputs ``input_ids``, ``attention_mask``, ``position_ids`` (where the model takes it) and
-        ``logits_to_keep`` (likewise), for :func:`effc.exporters.generation_graph.add_caches`.
+        The graph with the inputs ``input_ids``, ``attention_mask`` and, where the model takes it, ``position_ids``.
 
     Raises:
         PassFailedError: if torch cannot export the model.
@@ -37,10 +35,7 @@ def export_for_generation(model: PreTrainedModel, inputs: Mapping[str, torch.Ten
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if takes_positions(model):
         given["position_ids"] = positions_of(inputs["attention_mask"])
-    axes = {name: _AXES for name in given}
-    if KEPT_LOGITS in inspect.signature(model.forward).parameters:
-        given[KEPT_LOGITS] = torch.tensor([inputs["input_ids"].shape[1] - 1])
-    return export_onnx(model, given, axes)
+    return export_onnx(model, given, dict.fromkeys(given, _AXES))
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,6 @@ from effc.plugins.operator import AttentionGeometry, optional_inputs
 
 WHOLE_MASK = "whole_mask"
 """``[batch, past + new]`` bool for layers that read keys in order: False hides padding."""
-KEPT_LOGITS = "logits_to_keep"
-"""The model's own input for the positions it computes logits of; only the last is of use here."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ def add_caches(model: ir.Model) -> tuple[list[CacheGroup], list[CachedLayer]]:
         raise PreconditionError("No attention layer of this model is an operator of effc, so none can be cached.")
     for number, node in enumerate(nodes):
         surgeon.add_cache(number, node)
-    _keep_last_logits(model.graph)
     _drop_unused_functions(model)
     return surgeon.groups, surgeon.layers
 
@@ -316,18 +313,6 @@ def _give_body(model: ir.Model, node: ir.Node) -> None:
     body = function_body(geometry_of(node), frozenset(name for name, value in optional if value is not None))
     node.overload = body.overload
     model.functions[body.identifier()] = body
-
-
-def _keep_last_logits(graph: ir.Graph) -> None:
-    """Fix the model's input for the wanted positions, where it has one, to the last position."""
-    value = next((value for value in graph.inputs if value.name == KEPT_LOGITS), None)
-    if value is None:
-        return
-    graph.inputs.remove(value)
-    fixed = ir.Value(name="last_position", const_value=ir.tensor([-1], dtype=ir.DataType.INT64, name="last_position"))
-    fixed.shape, fixed.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
-    graph.register_initializer(fixed)
-    ir.convenience.replace_all_uses_with(value, fixed)
 
 
 def _drop_unused_functions(model: ir.Model) -> None:

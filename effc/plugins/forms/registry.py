@@ -17,7 +17,15 @@ from effc.plugins.forms.terms import Term
 from effc.plugins.pattern import Pattern, union
 from effc.suggest import did_you_mean
 
-FORMS: dict[str, FormEntry] = {**POSITION_FORMS, **LINEAR_FORMS, **LOW_RANK_FORMS, **HIERARCHICAL_FORMS, **CHUNKED_FORMS, **DENSE_CHUNKED_FORMS, **CONTENT_FORMS}
+FORMS: dict[str, FormEntry] = {
+    **POSITION_FORMS,
+    **LINEAR_FORMS,
+    **LOW_RANK_FORMS,
+    **HIERARCHICAL_FORMS,
+    **CHUNKED_FORMS,
+    **DENSE_CHUNKED_FORMS,
+    **CONTENT_FORMS,
+}
 
 
 def parse_form(text: str) -> AttentionForm:
