@@ -138,7 +138,7 @@ def test_large_enough_is_dense(text, causal):
     torch.testing.assert_close(result, attend(DENSE, *inputs, **options), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:2:16", "topk-blocks", "dynamic:20:0", "dynamic:9:64"])
+@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:3:16", "topk-blocks:4:64", "dynamic:20:0", "dynamic:9:64"])
 def test_no_output_depends_on_what_comes_behind(text):
     query, key, value = states(4, 2, 400, 400)
     form = parse_form(text)
@@ -152,7 +152,7 @@ def test_no_output_depends_on_what_comes_behind(text):
         torch.testing.assert_close(changed[:, :, :kept], result[:, :, :kept], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:2:16", "dynamic:20:0"])
+@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:3:16", "dynamic:20:0"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_hidden_keys_have_no_influence(text, causal):
     query, key, value = states(4, 2, 200, 200)
@@ -253,7 +253,7 @@ def test_scorer_starts_from_small_norms():
     torch.testing.assert_close(importance(key, None), importance(key, start))
 
 
-@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:2:16", "dynamic:20:0"])
+@pytest.mark.parametrize("text", ["topk:9", "topk-blocks:3:16", "dynamic:20:0"])
 def test_reference_is_differentiable(text):
     inputs = [tensor.requires_grad_() for tensor in states(2, 1, 130, 130, dim=4, batch=1)]
     attend(parse_form(text), *inputs, scale=0.5, causal=True).square().sum().backward()

@@ -6,7 +6,7 @@ from effc.plugins.bodies.sequence_rows import chunk_rows, fold_groups, rows_by_t
 from effc.plugins.operator import AttentionGeometry
 
 HIDDEN = -1e30
-# Scores of one chunk, in bytes, with the queries they come from. Measured best at 1 to 2 MiB.
+# Scores of one chunk, or the queries they come from, in bytes: they fit into a second-level cache.
 _CHUNK_BYTES = 3 << 19
 _LARGEST_CHUNK = 512
 

@@ -11,7 +11,7 @@ from effc.plugins.bodies.linear_maps import elementwise, key_map, query_map
 from effc.plugins.operator import AttentionGeometry
 
 SHORT = 128
-"""Keys up to which all pairs are computed. Measured: the loops begin to pay between 100 and 350 tokens."""
+"""Keys up to which all pairs are computed. Measured there at 12 heads x 64: about half the time of the loops."""
 
 
 def all_pairs(g: AttentionGeometry, masked: bool, result: str) -> str:

@@ -28,7 +28,7 @@ def _(form: Nystrom, geometry: AttentionGeometry, given: frozenset[str]) -> str:
         form.refuse_causal()
     g, landmarks, masked = geometry, form.landmarks, KEY_MASK in given
     solve, solve_constants = (
-        (newton(g, landmarks), newton_constants())
+        (newton(landmarks), newton_constants())
         if form.method == "newton"
         else (cholesky(g, landmarks), cholesky_constants(landmarks))
     )

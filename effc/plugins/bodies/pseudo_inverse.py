@@ -15,7 +15,7 @@ _SMALLEST_PIVOT = RIDGE / 10
 _SMALLEST = 1.1754944e-38
 
 
-def newton(g: AttentionGeometry, size: int) -> str:
+def newton(size: int) -> str:
     """The third-order iteration towards ``pinv(matrix)`` that Nyströmformer uses (Xiong et al., 2021)."""
     text = f"""
         {_identity(size)}

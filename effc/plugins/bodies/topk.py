@@ -12,7 +12,7 @@ from effc.plugins.bodies.dispatch import body_text
 from effc.plugins.forms.content import TopK
 from effc.plugins.operator import AttentionGeometry
 
-# Queries at once: enough rows for the matrix kernels.
+# Queries at once, where there are so many: enough rows for the matrix kernels.
 _ROWS = 64
 
 
@@ -45,8 +45,10 @@ def _(form: TopK, geometry: AttentionGeometry, given: frozenset[str]) -> str:
     mask_row = Unsqueeze (key_mask, mask_axes)
     key_positions = Range (n0, key_length, n1)
 
-    rows = Constant <value: tensor = int64 {{{_ROWS}}}> ()
-    rows_less_one = Constant <value: tensor = int64 {{{_ROWS - 1}}}> ()
+    most_rows = Constant <value: tensor = int64 {{{_ROWS}}}> ()
+    rows = Min (most_rows, query_length)
+    rows_1d = Unsqueeze (rows, zero)
+    rows_less_one = Sub (rows, n1)
     rounded = Add (query_length, rows_less_one)
     blocks = Div (rounded, rows)
     padded_length = Mul (blocks, rows)
@@ -54,23 +56,29 @@ def _(form: TopK, geometry: AttentionGeometry, given: frozenset[str]) -> str:
     tail_1d = Unsqueeze (tail, zero)
     pads = Concat <axis: int = 0> (zero, zero, zero, zero, tail_1d, zero)
     query_padded = Pad (query, pads)
-    query_shape = Constant <value_ints: ints = [0, -1, {_ROWS}, {kv}, {groups}, {dim}]> ()
+    heads_shape = Constant <value_ints: ints = [{kv}, {groups}, {dim}]> ()
+    query_shape = Concat <axis: int = 0> (zero, last_axis, rows_1d, heads_shape)
     query_split = Reshape (query_padded, query_shape)
     query_by_block = Transpose <perm: ints = [1, 0, 3, 4, 2, 5]> (query_split)
     offset = Sub (key_length, query_length)
     query_index = Range (n0, padded_length, n1)
     query_position = Add (query_index, offset)
-    position_shape = Constant <value_ints: ints = [-1, {_ROWS}, 1]> ()
+    position_shape = Concat <axis: int = 0> (last_axis, rows_1d, one)
+    group_shape = Constant <value_ints: ints = [0, {kv}, {groups}]> ()
+    scores_shape = Concat <axis: int = 0> (group_shape, rows_1d, last_axis)
+    folded_shape = Constant <value_ints: ints = [0, {kv}, -1]> ()
+    dim_1d = Constant <value_ints: ints = [{dim}]> ()
+    query_folded_shape = Concat <axis: int = 0> (folded_shape, dim_1d)
+    weights_shape = Concat <axis: int = 0> (folded_shape, key_length_1d)
+    attended_shape = Concat <axis: int = 0> (group_shape, rows_1d, dim_1d)
     position_by_block = Reshape (query_position, position_shape)
 
     output_by_block = Scan <num_scan_inputs: int = 2, body: graph = block_body (
         block_query, block_position
     ) => (block_output) {{
-        rows_folded = Constant <value_ints: ints = [0, {kv}, {groups * _ROWS}, {dim}]> ()
-        query_folded = Reshape (block_query, rows_folded)
+        query_folded = Reshape (block_query, query_folded_shape)
         query_scaled = Mul (query_folded, scale_value)
         scores_folded = MatMul (query_scaled, keys_transposed)
-        scores_shape = Constant <value_ints: ints = [0, {kv}, {groups}, {_ROWS}, -1]> ()
         scores = Reshape (scores_folded, scores_shape)
         {_CAUSAL if geometry.causal else "seen = Identity (mask_row)"}
         visible_scores = Where (seen, scores, lowest)
@@ -81,13 +89,11 @@ def _(form: TopK, geometry: AttentionGeometry, given: frozenset[str]) -> str:
         seen_weights = Where (sees_any, kept_weights, no_weight)
         no_weights = Mul (scores, no_weight)
         weights = ScatterElements <axis: int = -1> (no_weights, kept_keys, seen_weights)
-        weights_shape = Constant <value_ints: ints = [0, {kv}, {groups * _ROWS}, -1]> ()
         weights_folded = Reshape (weights, weights_shape)
         attended_folded = MatMul (weights_folded, value_heads)
-        attended_shape = Constant <value_ints: ints = [0, {kv}, {groups}, {_ROWS}, {dim}]> ()
         attended = Reshape (attended_folded, attended_shape)
         by_token = Transpose <perm: ints = [0, 3, 1, 2, 4]> (attended)
-        packed_shape = Constant <value_ints: ints = [0, {_ROWS}, {heads * dim}]> ()
+        packed_shape = Constant <value_ints: ints = [0, -1, {heads * dim}]> ()
         block_output = Reshape (by_token, packed_shape)
     }}> (query_by_block, position_by_block)
     batch_first = Transpose <perm: ints = [1, 0, 2, 3]> (output_by_block)
