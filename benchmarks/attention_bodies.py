@@ -136,7 +136,7 @@ def memory(layers: Mapping[str, Layer], lengths: list[int], options: argparse.Na
                 for _ in range(2):
                     worker.ask(command="run", seconds=0)
                 grown.append(worker.ask(command="memory")["peak_rss_mib"] - before)
-        ratios = [f"{after / before:.2f}x" for before, after in pairwise(grown)]
+        ratios = [f"{after / before:.2f}x" if before else "from nothing" for before, after in pairwise(grown)]
         figures = ", ".join(f"{length}: {size:.0f}" for length, size in zip(lengths, grown, strict=True))
         print(f"{name:28s} {figures}   from one to the next {', '.join(ratios)}")
 

@@ -1,6 +1,6 @@
 """Draw attention forms side by side into one picture, as in docs/attention.md.
 
-    python scripts/draw_forms.py docs/attention-forms.png
+python scripts/draw_forms.py docs/attention-forms.png
 """
 
 from __future__ import annotations

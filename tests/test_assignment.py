@@ -27,7 +27,7 @@ from effc.compiler.session import KernelEvent
 from effc.compiler.source import SourceModel, load, locate
 from effc.errors import PreconditionError, UsageError
 from effc.exporters.onnx_graph import save_onnx
-from effc.passes.assign_attention import check_form, forms_of_layers, matching_layers, with_token_ids
+from effc.passes.assign_attention import check_form, check_length, forms_of_layers, matching_layers, with_token_ids
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.rewrite_attention import describe
 from effc.plugins.forms.registry import parse_form
@@ -250,6 +250,14 @@ class TestRefusals:
         layer: Any = SimpleNamespace(name="model.layers.0", visibility=SimpleNamespace(causal=True), bias=None)
         with pytest.raises(PreconditionError, match=r"model\.layers\.0 is causal.*Use one that has: local"):
             check_form(form, layer)
+
+    def test_forms_that_end_before_the_model_does(self) -> None:
+        layer: Any = SimpleNamespace(name="encoder.layer.0")
+        with pytest.raises(
+            PreconditionError, match=r"takes 512 tokens at most.*model takes 1024 \(encoder\.layer\.0\)"
+        ):
+            check_length(parse_form("local:8@0;linformer:256:512@1"), layer, 1024)
+        check_length(parse_form("linformer:256:1024"), layer, 1024)
 
     def test_untrained_forms_say_what_they_lose(self, checkpoint: Path, tmp_path: Path) -> None:
         data = texts(tmp_path)

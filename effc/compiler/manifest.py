@@ -189,7 +189,7 @@ class CachedLayerRecord(Record):
 
 
 class GenerationRecord(Record):
-    """The graph that generates text. ``weights_shared`` counts the bytes that it reads from the forward graph's file."""
+    """The graph that generates text. ``weights_shared`` counts bytes that it reads from the forward graph's file."""
 
     file: str
     groups: list[CacheGroupRecord]

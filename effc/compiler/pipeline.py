@@ -324,7 +324,8 @@ def _generation(
 
 def observe_attention(source: SourceModel) -> ObservedAttention:
     """Switch ``source.model`` to effc's attention, every module computing what it always did."""
-    return ObservedAttention(source.model, ragged_inputs(source, _probe_lengths(source)), source.processor)
+    inputs = ragged_inputs(source, _probe_lengths(source))
+    return ObservedAttention(source.model, inputs, source.processor, source.max_length)
 
 
 def rewrite(source: SourceModel, settings: AttentionSection, observed: ObservedAttention | None = None) -> Rewritten:

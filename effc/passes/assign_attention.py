@@ -91,6 +91,22 @@ def check_form(form: AttentionForm, layer: ObservedLayer) -> None:
         )
 
 
+def check_length(form: AttentionForm, layer: ObservedLayer, max_length: int | None) -> None:
+    """Make sure that a form with a fixed maximum length reaches as far as the model does.
+
+    Raises:
+        PreconditionError: naming the layer and both lengths.
+    """
+    if isinstance(form, HeadForms):
+        for part, _ in form.parts:
+            check_length(part, layer, max_length)
+    elif form.max_length is not None and max_length is not None and form.max_length < max_length:
+        raise PreconditionError(
+            f"'{form}' takes {form.max_length} tokens at most, but the model takes {max_length} ({layer.name}).",
+            f"Give it the model's length, for example linformer:256:{max_length}.",
+        )
+
+
 def with_token_ids(form: AttentionForm, processor: Any | None) -> AttentionForm:
     """Replace the names of tokens (``global:sep``) by their ids.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from effc.errors import PassFailedError, PreconditionError
-from effc.passes.assign_attention import check_form, marked_tokens, with_token_ids
+from effc.passes.assign_attention import check_form, check_length, marked_tokens, with_token_ids
 from effc.passes.bypassing import attention_calls, bypassing
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.hook import PARAMETERS, LayerPlan, ObservedLayer, assign, mark_tokens, mask_by_input, observe
@@ -41,13 +41,19 @@ class ObservedAttention:
         PassFailedError: if the hook does not reproduce the model's own attention.
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], processor: Any | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, torch.Tensor],
+        processor: Any | None = None,
+        max_length: int | None = None,
+    ):
         _check_interface(model)
         with torch.no_grad(), attention_calls(model) as called:
             before = model(**inputs)
         self.layers, after = observe(model, inputs)
         self.bypassing = bypassing(model, [layer.name for layer in self.layers], called)
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.max_length = model, processor, max_length
         self.forms: dict[str, AttentionForm] = {}
         _check_supported(type(model).__name__, self.layers)
         _check_faithful(type(model).__name__, before, after, inputs.get("attention_mask"))
@@ -70,6 +76,7 @@ class ObservedAttention:
             PreconditionError: if the layer cannot compute it.
         """
         check_form(form, layer)
+        check_length(form, layer, self.max_length)
         return with_token_ids(form, self.processor)
 
     def use(self, forms: Mapping[str, AttentionForm]) -> dict[str, LayerPlan]:
