@@ -12,7 +12,6 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx_ir import external_data
 from transformers import PreTrainedModel
 
 from effc.compiler.cache import cache_key, cached
@@ -30,7 +29,7 @@ from effc.compiler.manifest import (
 from effc.compiler.metrics import deviation
 from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.compiler.source import SourceModel
-from effc.errors import PreconditionError
+from effc.errors import PassFailedError, PreconditionError
 from effc.exporters.generation_derive import keep_last_position, take_positions
 from effc.exporters.generation_export import export_for_generation, positions_of, takes_positions
 from effc.exporters.generation_graph import CachedLayer, CacheGroup, add_caches
@@ -41,8 +40,10 @@ from effc.passes.quantize_int8 import QuantizeInt8
 from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins.caches import OrderedCache, SlotCache, StateCache
 
-GENERATION_VERSION = 2
+GENERATION_VERSION = 3
 _EXAMPLE_LENGTHS = (40, 24)
+# Stands in the cache for a graph that is made from the forward graph whenever it is needed.
+_FROM_FORWARD = "from-forward-graph"
 # Prompts of the proof, longer than a usual window, and the tokens that are then taken one by one.
 _PROOF_LENGTHS, _PROOF_STEPS = (440, 61), 8
 # Relative; steps and the whole differ in the order of their sums only.
@@ -75,10 +76,9 @@ def add_generation(
 
     Raises:
         PreconditionError: if the model cannot generate from caches; says why.
-        PassFailedError: if torch cannot export it.
+        PassFailedError: if torch cannot export it, or the finished graph computes something else.
     """
-    start, hit = exported_generation(source, layers, exported)
-    graph = _read(start, exported)
+    graph, hit = forward_graph(source, layers, exported)
     keep_last_position(graph.graph)
     FuseOnnxRuntime().run(graph)
     if quantization is not None:
@@ -89,25 +89,31 @@ def add_generation(
     path = directory / GENERATION_NAME
     shared = save_sharing_weights(graph, path, directory / MODEL_NAME)
     record = record_of(source.model, source.processor, groups, cached_layers, shared)
-    return record, _proof(source, record, path), hit
+    found = _proof(source, record, path)
+    if not (found.relative_error <= _FAITHFUL if quantization is None else np.isfinite(found.relative_error)):
+        raise PassFailedError(
+            f"The finished graph is off by {found.relative_error:.2g} from {type(source.model).__name__} in torch when "
+            "it writes token by token.",
+            "Compile with --no-generation, and report this model.",
+        )
+    return record, found, hit
 
 
-def exported_generation(source: SourceModel, layers: list[AttentionLayer], exported: Path) -> tuple[Path, bool]:
-    """Path of the forward graph that generation starts from (unfused, fp32, proved), and whether the cache held it.
+def forward_graph(source: SourceModel, layers: list[AttentionLayer], exported: Path) -> tuple[ir.Model, bool]:
+    """The forward graph that takes positions (unfused, fp32), proved to generate, and whether the proof was cached.
 
     It is made from the exported forward graph where that can be, since an export takes minutes, and exported where not.
     """
-    key = cache_key(version=GENERATION_VERSION, export=export_key(source, layers))
 
     def make(directory: Path) -> None:
+        graph = _derived(source, exported)
+        if graph is not None and _is_faithful(source, layers, graph, exported.parent):
+            (directory / _FROM_FORWARD).touch()
+            return
+        inputs = ragged_inputs(source, _EXAMPLE_LENGTHS, side="left")
         path = directory / MODEL_NAME
-        found = _derived(source, layers, exported, path)
-        if found is None or not found.relative_error <= _FAITHFUL:
-            for file in directory.iterdir():
-                file.unlink()
-            inputs = ragged_inputs(source, _EXAMPLE_LENGTHS, side="left")
-            save_onnx(export_for_generation(source.model, inputs), path)
-            found = _trial(source, layers, path, exported)
+        save_onnx(export_for_generation(source.model, inputs), path)
+        found = _trial(source, layers, ir.load(str(path)), directory)
         if not found.relative_error <= _FAITHFUL:
             raise PreconditionError(
                 f"Written token by token, {type(source.model).__name__} is off by {found.relative_error:.2g} from its "
@@ -115,44 +121,39 @@ def exported_generation(source: SourceModel, layers: list[AttentionLayer], expor
                 "Only the forward graph is made; the model has no generate().",
             )
 
+    key = cache_key(version=GENERATION_VERSION, export=export_key(source, layers))
     entry, hit = cached("generation", key, make)
-    return entry / MODEL_NAME, hit
+    graph = _derived(source, exported) if (entry / _FROM_FORWARD).exists() else ir.load(str(entry / MODEL_NAME))
+    assert graph is not None
+    return graph, hit
 
 
-def _derived(source: SourceModel, layers: list[AttentionLayer], exported: Path, path: Path) -> OutputDeviation | None:
-    """Make ``path`` from the exported forward graph and try it; None if positions cannot become an input of it."""
+def _derived(source: SourceModel, exported: Path) -> ir.Model | None:
+    """The exported forward graph with positions as an input; None if they cannot become one."""
     graph = ir.load(str(exported))
-    if takes_positions(source.model) and not take_positions(graph.graph):
-        return None
-    ir.save(graph, str(path))
+    return graph if not takes_positions(source.model) or take_positions(graph.graph) else None
+
+
+def _is_faithful(source: SourceModel, layers: list[AttentionLayer], graph: ir.Model, folder: Path) -> bool:
     try:
-        return _trial(source, layers, path, exported)
+        return _trial(source, layers, graph, folder).relative_error <= _FAITHFUL
     except PreconditionError:
         raise
     except Exception:
-        # Whatever is wrong with it, the model can still be exported as it is.
-        return None
+        # Whatever is wrong with a derived graph, the model can still be exported as it is.
+        return False
 
 
-def _weights_of(path: Path, exported: Path) -> Path:
-    """The directory of a graph's weights: a derived graph goes on reading those of the graph it comes from."""
-    return path.parent if path.with_name(f"{path.name}.data").exists() else exported.parent
+def _trial(source: SourceModel, layers: list[AttentionLayer], graph: ir.Model, folder: Path) -> OutputDeviation:
+    """How far generation from ``graph``, which is used up, is from torch's forward pass.
 
-
-def _read(path: Path, exported: Path) -> ir.Model:
-    graph = ir.load(str(path))
-    external_data.set_base_dir(graph.graph, _weights_of(path, exported))
-    return graph
-
-
-def _trial(source: SourceModel, layers: list[AttentionLayer], path: Path, exported: Path) -> OutputDeviation:
-    """How far generation from the graph at ``path`` is from torch's forward pass."""
-    graph = _read(path, exported)
+    Args:
+        folder: where the file of its weights lies; they stay there.
+    """
     keep_last_position(graph.graph)
     groups, cached_layers = add_caches(graph)
     _check_complete(layers, cached_layers)
-    # Beside its weights, which stay where they are.
-    with tempfile.NamedTemporaryFile(dir=_weights_of(path, exported), prefix=".trial-", suffix=".onnx") as trial:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".trial-", suffix=".onnx") as trial:
         ir.save(graph, trial.name)
         record = record_of(source.model, source.processor, groups, cached_layers, 0)
         return _proof(source, record, Path(trial.name))
