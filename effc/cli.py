@@ -139,10 +139,13 @@ def main() -> None:
 def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
     """Compile MODEL (a local directory, a GGUF file or a hub name)."""
     from effc.compiler.artifact import check_output
+    from effc.compiler.source import find
 
     recipe = _recipe(flags)
     output = output or default_output(recipe)
+    # Before the pipeline, because that imports torch and transformers: a mistyped path should not take seconds to tell.
     check_output(output, overwrite)
+    find(recipe.model)
     from effc.compiler.pipeline import run
 
     with _progress(not (quiet or as_json)) as progress:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from effc.compiler.manifest import FileRecord, Manifest
-from effc.compiler.report import write_report
 from effc.compiler.runtime import MANIFEST_NAME
 from effc.errors import OutputError
 
@@ -90,6 +89,9 @@ def record_files(directory: Path) -> dict[str, FileRecord]:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``effc.json`` and the report that shows it; each appears whole."""
+    # Imported here because drawing takes a second to import, and the check of an output path should not.
+    from effc.compiler.report import write_report
+
     try:
         partial = directory / f".{MANIFEST_NAME}.partial"
         partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

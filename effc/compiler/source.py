@@ -44,6 +44,25 @@ _PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
+class Found:
+    """The files of a model.
+
+    Attributes:
+        kind: where it comes from.
+        path: the directory, or the GGUF file.
+        revision: the commit of a hub model.
+        facts: the raw config.json; empty for a GGUF file.
+        files: what holds the weights.
+    """
+
+    kind: Kind
+    path: Path
+    revision: str | None
+    facts: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Located:
     """A model that was found and identified, not loaded.
 
@@ -116,12 +135,12 @@ class SourceModel:
         )
 
 
-def locate(spec: ModelSection) -> Located:
-    """Find the model and identify it; reads its config and hashes its weights, loads nothing.
+def find(spec: ModelSection) -> Found:
+    """Find the model's files and check what can be checked without transformers, whose import takes seconds.
 
     Raises:
         UsageError: if no model is named, or a revision is given for a local one.
-        SourceModelError: if there is no such model, or it is damaged or of a kind that effc does not read.
+        SourceModelError: if there is no such model, files are missing, or it is of a kind that effc does not read.
     """
     if not spec.path:
         raise UsageError("No model is named.", "Give a local directory, a GGUF file or a hub name.")
@@ -129,12 +148,21 @@ def locate(spec: ModelSection) -> Located:
     if spec.revision and kind != "hub":
         raise UsageError(f"'{spec.path}' is local and has no revisions.", "Leave --revision out.")
     if kind == "gguf":
-        facts: dict[str, Any] = {}
-        files: tuple[Path, ...] = (path,)
-    else:
-        facts = _checked_config(path)
-        files = weight_files(path)
-        check_whole(files)
+        return Found(kind, path, None, {}, (path,))
+    facts = _checked_config(path)
+    files = weight_files(path)
+    check_whole(files)
+    return Found(kind, path, revision, facts, files)
+
+
+def locate(spec: ModelSection) -> Located:
+    """Find the model and identify it; reads its config and hashes its weights, loads nothing.
+
+    Raises:
+        UsageError, SourceModelError: see :func:`find`; also if the config or the task cannot be told.
+    """
+    found = find(spec)
+    kind, path, revision, facts, files = found.kind, found.path, found.revision, found.facts, found.files
     config = _read_config(path, kind, spec)
     task = resolve_task(config, spec.task or (_gguf_task(config) if kind == "gguf" else None))
     # Code that a checkpoint brings along is part of what it computes.
