@@ -12,8 +12,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
-from transformers.exporters.configs import OnnxConfig
-from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
 
 from effc.errors import PassFailedError
@@ -34,6 +32,10 @@ def export_onnx(
     Raises:
         PassFailedError: if torch cannot export the model.
     """
+    # The exporter takes seconds to import, and a compile that finds its graph in the cache does without.
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
     dynamic = {name: {axis: torch.export.Dim.AUTO for axis in axes.get(name, {})} for name in inputs}
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, opset_version=OPSET)
     try:
