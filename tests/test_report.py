@@ -14,10 +14,12 @@ import pytest
 from effc.compiler.manifest import (
     AttentionLayer,
     BenchRecord,
+    ExtendedRecord,
     FileRecord,
     Manifest,
     OutputDeviation,
     PassRecord,
+    PositionsRecord,
     Skipped,
     SourceRecord,
     TensorRecord,
@@ -301,6 +303,29 @@ def test_quality_on_random_inputs_is_called_that() -> None:
     verification = manifest.verification.model_copy(update={"data": "random tokens"})
     text = Page(render_report(manifest.model_copy(update={"verification": verification}))).text
     assert "Random inputs show that the two models compute alike, not how well the task is still done" in text
+
+
+def test_changed_positions_and_kept_biases_are_told() -> None:
+    manifest = full_manifest()
+    assert "Positions" not in Page(render_report(manifest)).text
+    assert manifest.verification is not None
+    changes: dict[str, Any] = {
+        "positions": PositionsRecord(
+            trained=512, max_length=4096, method="tile", rows={"embeddings.position_embeddings": 321}, formula="row(p)"
+        ),
+        "attention": [layer.model_copy(update={"bias": "bias by distance"}) for layer in manifest.attention],
+    }
+    text = Page(render_report(manifest.model_copy(update=changes))).text
+    assert f"Extended from 512 to {number(4096)} tokens by" in text and "Only part of each position table" in text
+    assert "321 rows" in text and "row(p)" in text and "adds its bias by distance" in text
+    assert "Quality beyond 512 tokens is not measured" in text
+
+    near = {"last_hidden_state": OutputDeviation(relative_error=0.1, cosine=0.99)}
+    beyond = ExtendedRecord(reference="the long one", length=2048, samples=1, outputs=near, quality_drop=0.0125)
+    changes["verification"] = manifest.verification.model_copy(update={"extended": beyond})
+    text = Page(render_report(manifest.model_copy(update=changes))).text
+    assert f"At {number(2048)} tokens, 1 sample, against the long one: quality drop 0.0125" in text
+    assert "tokens is not measured" not in text
 
 
 def test_unmeasured_requirement_counts_as_neither() -> None:
