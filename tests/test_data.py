@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from tiny_checkpoints import VOCABULARY, save, tokenizer
 
+from effc.compiler.calibration_data import CalibrationData
 from effc.compiler.data import (
     FORMATS,
     Sample,
@@ -18,12 +22,13 @@ from effc.compiler.data import (
     padding_tokenizer,
     random_batches,
     read_samples,
+    samples_of,
     tokenize,
     word_class_ids,
 )
-from effc.compiler.recipe import ModelSection
+from effc.compiler.recipe import ModelSection, build_recipe
 from effc.compiler.source import load, locate
-from effc.errors import DataError
+from effc.errors import DataError, MissingDependencyError
 
 
 def write(path: Path, content: str) -> Path:
@@ -222,3 +227,121 @@ def test_random_batches(tmp_path: Path) -> None:
     again = list(random_batches(source, count=10, length=32, batch_size=4, seed=5))
     assert all(np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
     assert not np.array_equal(batches[0]["input_ids"], batches[1]["input_ids"])
+
+
+# Streaming, data sets of the hub, iterables
+
+
+def test_a_limit_holds_no_more_than_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import effc.compiler.data as data
+
+    alive = 0
+
+    def rows(path: object, seed: int) -> Iterator[dict[str, str]]:
+        for number in range(100_000):
+            yield {"text": f"text {number}"}
+
+    real = data._drawn
+
+    def watched(samples: Any, count: int, seed: int) -> list[Sample]:
+        nonlocal alive
+        assert iter(samples) is samples, "rows were read before any was drawn"
+        alive = count
+        return real(samples, count, seed)
+
+    monkeypatch.setattr(data, "read_rows", rows)
+    monkeypatch.setattr(data, "_drawn", watched)
+    chosen = read_samples(tmp_path / "any", 50)
+    assert alive == 50 and len(set(chosen)) == 50
+    places = [int(sample.text.split()[1]) for sample in chosen]
+    assert places == sorted(places) and 20_000 < np.median(places) < 80_000
+
+
+def test_iterables_of_texts_and_rows() -> None:
+    items: list[Any] = ["one", {"text": "two", "label": 1}, Sample("three"), " "]
+    assert samples_of(iter(items)) == [Sample("one"), Sample("two", 1), Sample("three")]
+    assert samples_of((f"text {number}" for number in itertools.count()), 2) == [Sample("text 0"), Sample("text 1")]
+    with pytest.raises(DataError, match="no object but int"):
+        samples_of([3])
+    with pytest.raises(DataError, match="holds no texts"):
+        samples_of([])
+
+
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[Any, ...]] = []
+    rows = datasets.Dataset.from_dict({"text": [f"text {number}" for number in range(40)]}).to_iterable_dataset()
+
+    def load_dataset(name: str, config: str | None, *, split: str | None, streaming: bool) -> Any:
+        asked.append((name, config, split, streaming))
+        if name == "gone":
+            raise FileNotFoundError("Dataset 'gone' doesn't exist on the Hub")
+        return rows if split else {"train": rows, "extra": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    chosen = read_samples("hf:some/name@config:train", 5)
+    assert len(set(chosen)) == 5 and read_samples("hf:some/name@config:train", 5) == chosen
+    assert len(read_samples("hf:other")) == 40
+    assert asked[0] == ("some/name", "config", "train", True) and asked[-1] == ("other", None, None, True)
+    with pytest.raises(DataError, match=r"'hf:gone' cannot be read.*doesn't exist.*hf:NAME@CONFIG:SPLIT"):
+        read_samples("hf:gone")
+
+
+def test_the_package_for_data_sets_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match=r"effc\[data\]"):
+        read_samples("hf:anything")
+
+
+# Calibration
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(locate(ModelSection(path=str(save(tmp_path_factory.mktemp("b"), "BertModel", with_tokenizer=True)))))
+
+
+def calibrated(source: Any, given: Any = None, **calibration: Any) -> Any:
+    recipe = build_recipe({"quantization": {"mode": "int8", "calibration": calibration}})
+    return CalibrationData(recipe, given).batches(source)
+
+
+def test_calibration_texts_become_inputs(bert: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "\n".join(["the film was good", "bad", "a great plot"] * 10))
+    assert calibrated(bert) is None
+    batches = calibrated(bert, data=str(file), samples=5, max_length=16)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 5
+    assert set(batches[0]) == {"input_ids", "attention_mask", "token_type_ids"}
+    again = calibrated(bert, data=str(file), samples=5, max_length=16)
+    assert np.array_equal(batches[0]["input_ids"], again[0]["input_ids"])
+    from_iterable = calibrated(bert, (text for text in ["the film was good", "bad"]), max_length=16)
+    assert from_iterable[0]["input_ids"].shape == (2, 6)
+
+
+def test_packed_samples_are_full(bert: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "\n".join(["the film was good", "bad", "a great plot"] * 10))
+    batches = calibrated(bert, data=str(file), samples=4, max_length=12, packed=True)
+    assert len(batches) == 4
+    assert all(batch["input_ids"].shape == (1, 12) and batch["attention_mask"].all() for batch in batches)
+    separators = sum(int((batch["input_ids"] == VOCABULARY.index("[SEP]")).sum()) for batch in batches)
+    assert 8 <= separators <= 16
+    with pytest.raises(DataError, match=r"hold \d+ tokens together, less than one packed sample of 60"):
+        calibrated(bert, ["bad"], max_length=60, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": None}, "lacks the model input 'attention_mask'"),
+        ({"input_ids": np.full((2, 5), 999)}, "values up to 999, and the model knows 0 to 31"),
+        ({"input_ids": np.ones((2, 5), np.float32)}, "is float32"),
+        ({"input_ids": np.ones(5, np.int64)}, r"int64 \[5\], and the model takes int64 \['batch', 'sequence'\]"),
+        ({"input_ids": np.ones((1, 70), np.int64)}, "70 tokens, and the model takes 64"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_model(bert: Any, changes: dict[str, Any], message: str) -> None:
+    plain = {name: np.ones((2, 5), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    plain["token_type_ids"][:] = 0
+    assert calibrated(bert, [plain])
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        calibrated(bert, [{name: value for name, value in {**plain, **changes}.items() if value is not None}])

@@ -178,7 +178,7 @@ def test_dynamic_is_close_to_fp32(bert: ir.Model) -> None:
         assert 0 < relative_error(got, want) < 0.03
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
 def test_static_is_close_to_fp32(bert: ir.Model, method: str) -> None:
     feeds = tokens(1)
     wanted = run(bert, feeds)

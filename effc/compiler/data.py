@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import csv
-import json
 import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from effc.compiler.data_files import FORMATS as FORMATS
+from effc.compiler.data_files import read_rows
 from effc.compiler.inputs import ragged_inputs
-from effc.errors import DataError, MissingDependencyError
+from effc.errors import DataError
 
 if TYPE_CHECKING:
     from effc.compiler.source import SourceModel
@@ -27,7 +27,6 @@ TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "premise", "question
 PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis", "context")
 LABEL_COLUMNS = ("label", "labels", "ner_tags", "tags")
 WORD_COLUMNS = ("tokens", "words")
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ def read_samples(path: str | Path, limit: int | None = None, seed: int = 0) -> l
     """Read texts, and labels where there are any, from a file.
 
     Formats: ``.txt`` (one text a line), ``.jsonl`` (an object a line), ``.json`` (a list of objects), ``.csv`` and
-    ``.tsv`` (with a header), or a directory written by ``datasets``' ``save_to_disk``. The columns are found by name,
-    see ``TEXT_COLUMNS`` and its neighbours. Rows with an empty text are left out.
+    ``.tsv`` (with a header), a directory written by ``datasets``' ``save_to_disk``, or ``hf:NAME``, a data set of the
+    hub (``hf:NAME@CONFIG:SPLIT``). The columns are found by name, see ``TEXT_COLUMNS`` and its neighbours. Rows with an
+    empty text are left out. Rows are read one by one, so that a file may be larger than memory where there is a limit.
 
     Args:
         limit: how many to take at most: a random choice, in file order, because files are often sorted by label.
@@ -61,22 +61,44 @@ def read_samples(path: str | Path, limit: int | None = None, seed: int = 0) -> l
     Raises:
         DataError: if the file is missing, empty, not readable or without texts.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        rows: Sequence[Any] = _read_dataset(path)
-    elif not path.exists():
-        raise DataError(
-            f"There is no data file '{path}'.", f"Give a file in one of these formats: {', '.join(FORMATS)}."
-        )
-    else:
-        rows = _read_file(path)
-    samples = [sample for number, row in enumerate(rows, 1) if (sample := _sample(row, path, number)).text.strip()]
-    if not samples:
+    samples = (
+        sample for number, row in enumerate(read_rows(path, seed), 1) if _has_text(sample := _sample(row, path, number))
+    )
+    chosen = list(samples) if limit is None else _drawn(samples, limit, seed)
+    if not chosen:
         raise DataError(f"The data file '{path}' holds no texts.", "Give a file with at least one text.")
-    if limit is None or limit >= len(samples):
-        return samples
-    chosen = sorted(random.Random(seed).sample(range(len(samples)), limit))
-    return [samples[index] for index in chosen]
+    return chosen
+
+
+def samples_of(items: Iterable[Any], limit: int | None = None) -> list[Sample]:
+    """The first ``limit`` texts of any iterable of texts, :class:`Sample` objects or rows such as ``{"text": "..."}``.
+
+    Raises:
+        DataError: if there is none, or an item is none of these.
+    """
+    rows = (
+        item if isinstance(item, Sample) else _sample(item, "the iterable", number)
+        for number, item in enumerate(items, 1)
+    )
+    chosen = list(islice((sample for sample in rows if _has_text(sample)), limit))
+    if not chosen:
+        raise DataError("The iterable holds no texts.", "Give at least one text.")
+    return chosen
+
+
+def _has_text(sample: Sample) -> bool:
+    return bool(sample.text.strip())
+
+
+def _drawn(samples: Iterable[Sample], count: int, seed: int) -> list[Sample]:
+    """A random choice in order, of which no more than ``count`` are in memory (Vitter's algorithm R)."""
+    generator, kept = random.Random(seed), []
+    for place, sample in enumerate(samples):
+        if place < count:
+            kept.append((place, sample))
+        elif (other := generator.randrange(place + 1)) < count:
+            kept[other] = (place, sample)
+    return [sample for _, sample in sorted(kept, key=lambda item: item[0])]
 
 
 def tokenize(
@@ -223,86 +245,7 @@ def _class_id(label: Label | None, known: Mapping[str, int], id2label: Mapping[i
     return number
 
 
-def _read_file(path: Path) -> Sequence[Any]:
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise DataError(
-            f"The data file '{path}' has a format that effc does not read.", f"Use one of {', '.join(FORMATS)}."
-        )
-    try:
-        with path.open(encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as stream:
-            if suffix == ".txt":
-                return [{"text": line.strip()} for line in stream]
-            if suffix in (".csv", ".tsv"):
-                return _read_table(stream, path, "\t" if suffix == ".tsv" else ",")
-            return _read_lines(stream, path) if suffix == ".jsonl" else _read_list(stream, path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"The data file '{path}' is not UTF-8 text: {error}.", "Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"The data file '{path}' cannot be read: {error}.", "Check its permissions.") from None
-
-
-def _read_table(stream: Any, path: Path, delimiter: str) -> list[Any]:
-    # The default limit of 128 KiB per field is shorter than a long document.
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(stream, delimiter=delimiter)
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise DataError(
-            f"'{path}' is not a valid table: line {reader.line_num}: {error}.", "Correct that line."
-        ) from None
-
-
-def _read_lines(stream: Any, path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(
-                    f"Line {number} of '{path}' is not JSON: {error}.",
-                    'Write one object a line, for example {"text": "...", "label": 1}.',
-                ) from None
-    return rows
-
-
-def _read_list(stream: Any, path: Path) -> list[Any]:
-    try:
-        value = json.load(stream)
-    except ValueError as error:
-        raise DataError(f"'{path}' is not JSON: {error}.", "A file with one object a line is named .jsonl.") from None
-    if isinstance(value, dict):
-        # Some exports wrap the rows: {"data": [...]}.
-        value = value.get("data", value)
-    if not isinstance(value, list):
-        raise DataError(f"'{path}' does not hold a list of objects.", 'Write [{"text": "..."}, ...].')
-    return value
-
-
-def _read_dataset(path: Path) -> Sequence[Any]:
-    """The rows of a saved ``datasets.Dataset``, or of the most fitting split of a ``DatasetDict``."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise DataError(
-            f"The directory '{path}' is not a data set saved by save_to_disk.",
-            f"Give a file in one of these formats: {', '.join(FORMATS)}.",
-        )
-    try:
-        import datasets
-    except ImportError:
-        raise MissingDependencyError(
-            f"Reading the data set '{path}' needs the package datasets.", "Install it: pip install datasets"
-        ) from None
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        split = next((name for name in ("test", "validation", "train") if name in loaded), next(iter(loaded)))
-        loaded = loaded[split]
-    rows: list[dict[str, Any]] = loaded.to_list()
-    return rows
-
-
-def _sample(row: Any, path: Path, number: int) -> Sample:
+def _sample(row: Any, path: str | Path, number: int) -> Sample:
     if isinstance(row, str):
         return Sample(row)
     if not isinstance(row, dict):

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from effc.errors import DataError
+from effc.passes.quantize_numbers import activation_range
 from effc.passes.quantize_settings import CalibrationSection
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -22,6 +23,7 @@ Range = tuple[float, float]
 
 # A histogram of every activation would take longer than the model's own run.
 _VALUES_PER_HISTOGRAM = 1 << 16
+_SHRUNK = tuple(np.linspace(1, 0.2, 9).tolist())
 _HISTOGRAM_BINS = {"percentile": 2048, "entropy": 512}
 
 
@@ -43,18 +45,18 @@ def measure_ranges(
         DataError: if there is no batch, or one does not fit the graph's inputs.
     """
     wanted = {str(value.name): value for value in values}
-    collector = _MinMax() if settings.method == "minmax" else _Histograms(settings)
-    with _session_with_outputs(model, list(wanted.values())) as session:
+    collector: _MinMax | _Histograms | _LeastSquares
+    if settings.method == "minmax":
+        collector = _MinMax()
+    else:
+        collector = _LeastSquares() if settings.method == "mse" else _Histograms(settings)
+    with session_with_outputs(model, list(wanted.values())) as session:
         inputs = {value.name for value in session.get_inputs()}
         computed = [name for name in wanted if name not in inputs]
         empty = True
-        for sample in _single_samples(batches):
+        for sample in single_samples(batches):
             empty = False
-            if missing := sorted(inputs - sample.keys()):
-                raise DataError(
-                    f"Calibration samples lack the model input '{missing[0]}'.",
-                    f"Give every sample all of: {', '.join(sorted(inputs))}.",
-                )
+            check_inputs(inputs, sample)
             feeds = {name: value for name, value in sample.items() if name in inputs}
             # Asked for nothing, a session returns everything.
             arrays = session.run(computed, feeds) if computed else []
@@ -73,6 +75,19 @@ def measure_ranges(
             "Check that the samples are real inputs of this model.",
         )
     return ranges
+
+
+def check_inputs(inputs: Iterable[str], sample: Batch) -> None:
+    """Check that a sample has every input of the graph.
+
+    Raises:
+        DataError: naming the input.
+    """
+    if missing := sorted(set(inputs) - sample.keys()):
+        raise DataError(
+            f"Calibration samples lack the model input '{missing[0]}'.",
+            f"Give every sample all of: {', '.join(sorted(inputs))}.",
+        )
 
 
 class _MinMax:
@@ -114,7 +129,39 @@ class _Histograms:
         return {name: (float(edges[0]), float(edges[1])) for name, edges in result.items()}
 
 
-def _single_samples(batches: Iterable[Batch]) -> Iterable[Batch]:
+class _LeastSquares:
+    """Ranges at which rounding and clipping together change the values least, over shrunk whole ranges."""
+
+    def __init__(self) -> None:
+        self._whole = _MinMax()
+        self._values: dict[str, list[npt.NDArray[np.float32]]] = {}
+
+    def add(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._whole.add(name, array)
+        flat = array.reshape(-1)
+        step = max(1, flat.size // _VALUES_PER_HISTOGRAM) | 1
+        self._values.setdefault(name, []).append(flat[::step].astype(np.float32))
+
+    def ranges(self) -> dict[str, Range]:
+        return {name: self._best(name, whole) for name, whole in self._whole.ranges().items()}
+
+    def _best(self, name: str, whole: Range) -> Range:
+        values = np.concatenate(self._values[name])
+        values = values[:: max(1, values.size // _VALUES_PER_HISTOGRAM)]
+        # The ends are rare and may have been stepped over, yet they are what clipping costs.
+        values = np.concatenate([values, np.array(whole, np.float32)])
+        tried = [(low * whole[0], high * whole[1]) for low in _SHRUNK for high in _SHRUNK]
+        errors = [_rounding_error(values, *edges) for edges in tried]
+        return tried[int(np.argmin(errors))]
+
+
+def _rounding_error(values: npt.NDArray[np.float32], low: float, high: float) -> float:
+    scale, zero = activation_range(low, high)
+    integers = np.clip(np.rint(values / scale) + zero, 0, 255)
+    return float(np.square((integers - zero) * scale - values).sum(dtype=np.float64))
+
+
+def single_samples(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Cut batches into samples where every input has the same first axis, to hold fewer activations at a time."""
     for batch in batches:
         sizes = {array.shape[0] for array in batch.values() if array.ndim}
@@ -126,7 +173,7 @@ def _single_samples(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 
 @contextlib.contextmanager
-def _session_with_outputs(model: ir.Model, values: list[ir.Value]) -> Any:
+def session_with_outputs(model: ir.Model, values: list[ir.Value]) -> Any:
     """A session of ``model`` that also returns ``values``. Weights go through a file, which has no 2 GB limit."""
     outputs = model.graph.outputs
     kept = list(outputs)

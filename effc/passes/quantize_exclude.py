@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
 from effc.errors import PreconditionError
-from effc.passes.quantize_find import Embedding, Linear
+from effc.passes.quantize_find import Columns, Embedding, Linear
+from effc.passes.quantize_schemes import ELSEWHERE, Schemes
 from effc.suggest import nearest
 
 # Below this width a product is over before quantizing its input has paid off: 512 x 32 times 32 x 128 breaks even.
@@ -43,41 +45,91 @@ _ELEMENTWISE = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Which rules of thumb hold for a mode.
+
+    Attributes:
+        gated: leave products behind gates in fp32: one scale per tensor cannot hold their outliers.
+        heads: leave output heads in fp32: their error is not dampened.
+        small: leave small layers in fp32: the mode is there for speed.
+    """
+
+    gated: bool = True
+    heads: bool = True
+    small: bool = True
+
+
 class Exclusion:
     """Answers why a layer is not quantized.
 
     Args:
         graph: the graph as it is before anything is quantized.
         globs: the recipe's; each is tried on module, weight and node names.
+        schemes: the mode of every layer; all have ``mode`` if None.
+        mode: the one that is asked about.
+        rules: of that mode.
     """
 
-    def __init__(self, graph: ir.Graph, globs: Iterable[str]):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        globs: Iterable[str],
+        schemes: Schemes | None = None,
+        mode: str = "int8",
+        rules: Rules = Rules(),
+    ):
         self.globs = tuple(globs)
         self._outputs = set(graph.outputs)
+        self._schemes, self._mode, self._rules = schemes, mode, rules
 
     def of_linear(self, linear: Linear, column: int) -> str | None:
-        """Why these columns of a linear layer stay in fp32, or None."""
+        """Why these columns of a linear layer stay in fp32, or None; ``ELSEWHERE`` where their mode is another."""
         columns = linear.columns[column]
-        width = columns.stop - columns.start
-        if (glob := self._glob(columns.name, linear.weight_name, linear.node.name)) is not None:
+        width, names = columns.stop - columns.start, (columns.name, linear.weight_name, linear.node.name)
+        if (glob := self._glob(*names)) is not None:
             return f"excluded by '{glob}'"
+        if (reason := self._of_mode(*names)) is not None:
+            return reason
         if linear.dtype != ir.DataType.FLOAT:
             return f"its weight is {linear.dtype.name.lower()}, not float32"
         if not _is_plain(linear.node):
             return f"its {linear.node.op_type} scales or transposes its input, or adds a bias computed at run time"
-        if min(linear.fan_in, width) < LEAST_WIDTH:
+        if self._schemes is not None and self._schemes.asked(*names):
+            return None
+        if self._rules.small and min(linear.fan_in, width) < LEAST_WIDTH:
             return f"{linear.fan_in} x {width} is too small to gain"
-        if _is_gated(linear.node.inputs[0]):
+        if self._rules.gated and is_gated(linear.node.inputs[0]):
             return "its input is one activation times another (a gated MLP), whose outliers 8 bits cannot hold"
-        if self._only_feeds_outputs(columns.output):
+        if self._rules.heads and self._only_feeds_outputs(columns.output):
             return "output head: nothing behind it dampens its error"
         return None
+
+    def mode_reason(self, embedding: Embedding) -> str | None:
+        """Why a table is not of this mode, or None; whether it is worth it is not asked."""
+        names = (embedding.name, embedding.table_name, embedding.node.name)
+        glob = self._glob(*names)
+        return self._of_mode(*names) if glob is None else f"excluded by '{glob}'"
+
+    def _of_mode(self, *names: str | None) -> str | None:
+        if self._schemes is None:
+            return None
+        mode, why = self._schemes.of(*names)
+        if mode == self._mode:
+            return None
+        return why if mode == "none" else ELSEWHERE
+
+    def is_head(self, columns: Columns) -> bool:
+        """Whether these columns are an output head."""
+        return self._only_feeds_outputs(columns.output)
 
     def of_embedding(self, embedding: Embedding) -> str | None:
         """Why a table stays in fp32, or None."""
         tensor, table = embedding.tensor(), embedding.node.inputs[0]
         if (glob := self._glob(embedding.name, embedding.table_name, embedding.node.name)) is not None:
             return f"excluded by '{glob}'"
+        if (reason := self._of_mode(embedding.name, embedding.table_name, embedding.node.name)) is not None:
+            return reason
         if tensor.dtype != ir.DataType.FLOAT:
             return f"its table is {tensor.dtype.name.lower()}, not float32"
         if tensor.nbytes < LEAST_TABLE_BYTES:
@@ -86,8 +138,13 @@ class Exclusion:
             return "its table is also read in fp32, so a quantized copy would only add to it"
         return None
 
-    def check_globs(self, linears: Iterable[Linear], embeddings: Iterable[Embedding]) -> None:
+    def check_globs(
+        self, linears: Iterable[Linear], embeddings: Iterable[Embedding], layers: Iterable[str] = ()
+    ) -> None:
         """Refuse a glob that matches nothing, which is nearly always a slip of the pen.
+
+        Args:
+            layers: the globs of ``quantization.layers``.
 
         Raises:
             PreconditionError: naming the glob and the nearest name.
@@ -97,14 +154,15 @@ class Exclusion:
             names += [columns.name for columns in linear.columns] + [linear.weight_name, str(linear.node.name)]
         for embedding in embeddings:
             names += [embedding.name, embedding.table_name, str(embedding.node.name)]
-        for glob in self.globs:
+        keys = {**dict.fromkeys(layers, "layers"), **dict.fromkeys(self.globs, "exclude")}
+        for glob, key in keys.items():
             if not any(fnmatchcase(name, glob) for name in names):
                 match = nearest(glob, names) or (names[0] if names else None)
                 remedy = (
                     f"A name that would match is '{match}'." if match else "Remove it: the graph has no such layer."
                 )
                 raise PreconditionError(
-                    f"'{glob}' in quantization.exclude matches no layer that INT8 could change.", remedy
+                    f"'{glob}' in quantization.{key} matches no layer that quantization could change.", remedy
                 )
 
     def _glob(self, *names: str | None) -> str | None:
@@ -130,7 +188,7 @@ class Exclusion:
         return found
 
 
-def _is_gated(value: ir.Value | None) -> bool:
+def is_gated(value: ir.Value | None) -> bool:
     """Whether ``value`` multiplies two activations of different origin.
 
     The two factors peak together now and then, thousands of times above the rest, and one scale for the tensor then

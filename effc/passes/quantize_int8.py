@@ -21,54 +21,45 @@ the table). What is emitted, and why:
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from effc.errors import PassFailedError, PreconditionError
+from effc.errors import PreconditionError
 from effc.passes.base import Pass, PassResult
 from effc.passes.quantize_calibrate import Batch, Range, measure_ranges
-from effc.passes.quantize_exclude import LEAST_TABLE_BYTES, Exclusion
-from effc.passes.quantize_find import Columns, Embedding, Linear, find_embeddings, find_linears
+from effc.passes.quantize_embeddings import quantize_embedding
+from effc.passes.quantize_exclude import Exclusion
+from effc.passes.quantize_find import Columns, Embedding, Linear
 from effc.passes.quantize_graph import Editor, constant_of, initializer_bytes, only_consumer, replace_value
 from effc.passes.quantize_numbers import (
+    LEAST_SCALE,
     Floats,
     activation_range,
     least_scale_for_bias,
     quantize_bias,
     quantize_columns,
-    quantize_rows,
 )
+from effc.passes.quantize_observe import Remembered, observe
+from effc.passes.quantize_plan import (
+    check_globs,
+    check_nothing_left,
+    check_opset,
+    check_unquantized,
+    input_of,
+    make_plan,
+)
+from effc.passes.quantize_replace import Switches, replace_linear
+from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
 from effc.passes.quantize_unfuse import split_slow_fusions
 
-QUANTIZED_OPS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "MatMulInteger",
-        "ConvInteger",
-        "QLinearMatMul",
-        "QLinearConv",
-        "QGemm",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "MatMulNBits",
-        "GatherBlockQuantized",
-    }
-)
-# DequantizeLinear learnt its axis in opset 13.
+_TOKEN_STEPS = 127
+# DequantizeLinear learnt its axis in opset 13, ReduceMax takes its axes as an input since 18.
 LEAST_OPSET = 13
-
-
-@dataclass
-class _Plan:
-    linears: list[tuple[Linear, list[int]]] = field(default_factory=list)
-    embeddings: list[Embedding] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+LEAST_OPSET_PER_TOKEN = 18
 
 
 @dataclass
@@ -79,6 +70,7 @@ class _Activation:
         constant: its scale where that is known before the run.
         floats: the input dequantized, once a product has asked for it.
         rows: the same as a matrix.
+        tokens: what each token was divided by, ``[..., 1]``.
     """
 
     values: ir.Value
@@ -87,6 +79,7 @@ class _Activation:
     constant: np.float32 | None = None
     floats: ir.Value | None = None
     rows: ir.Value | None = None
+    tokens: ir.Value | None = None
 
 
 class QuantizeInt8(Pass[ir.Model, ir.Model]):
@@ -95,35 +88,48 @@ class QuantizeInt8(Pass[ir.Model, ir.Model]):
     Args:
         settings: the recipe's ``quantization`` section.
         calibration: batches of model inputs, name -> array, tokenized; None to quantize activations dynamically.
+        schemes: which layers are meant; as the settings say if None.
+        remembered: what another graph of the same model has found, and takes what this one finds.
+        alone: refuse a graph that holds anything quantized.
+        switches: keep the fp32 layers beside the INT8 ones.
     """
 
     name: ClassVar[str] = "quantize-int8"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
-    def __init__(self, settings: QuantizationSection, calibration: Iterable[Batch] | None = None):
+    def __init__(
+        self,
+        settings: QuantizationSection,
+        calibration: Iterable[Batch] | None = None,
+        schemes: Schemes | None = None,
+        remembered: Remembered | None = None,
+        *,
+        alone: bool = True,
+        switches: Switches | None = None,
+    ):
         self.settings: QuantizationSection = settings
         self.calibration = calibration
+        self._schemes = schemes or Schemes(settings)
+        self._remembered = remembered or Remembered()
+        self._alone, self._switches = alone, switches
 
     def requires(self, model: ir.Model) -> None:
         """Check that the graph is not quantized yet, its opset suffices and every exclusion matches something.
 
         Raises:
-            PreconditionError: naming the node, the opset or the glob.
+            PreconditionError: naming the node, the opset, the glob or the option.
         """
-        for node in model.graph.all_nodes():
-            if node.op_type in QUANTIZED_OPS:
-                raise PreconditionError(
-                    f"The graph is quantized already: node '{node.name}' is a {node.op_type}.",
-                    "Start from the unquantized model, or use a recipe with `quantization: none`.",
-                )
-        opset = model.opset_imports.get("", 0)
-        if opset < LEAST_OPSET:
+        if self._alone:
+            check_unquantized(model)
+            check_globs(model, self.settings)
+        check_opset(model, LEAST_OPSET, "INT8 with a scale per channel")
+        if self.settings.activations == "token":
+            check_opset(model, LEAST_OPSET_PER_TOKEN, "INT8 with a scale per token")
+        if self.settings.bias_correction and self.calibration is None:
             raise PreconditionError(
-                f"The graph uses ONNX opset {opset}, and INT8 with a scale per channel needs {LEAST_OPSET}.",
-                "Export the model again with a newer opset.",
+                "Bias correction needs the mean of every input, and there is no calibration data.",
+                "Give --calibration, or leave bias_correction out.",
             )
-        embeddings = find_embeddings(model.graph) if self.settings.embeddings else ()
-        Exclusion(model.graph, self.settings.exclude).check_globs(find_linears(model.graph), embeddings)
 
     def run(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize in place.
@@ -134,22 +140,27 @@ class QuantizeInt8(Pass[ir.Model, ir.Model]):
         self.requires(model)
         before = initializer_bytes(model)
         split = split_slow_fusions(model)
-        plan = self._plan(model)
-        inputs = list(dict.fromkeys(_input(linear) for linear, _ in plan.linears))
-        ranges: dict[str, Range] | None = None
-        if self.calibration is not None and inputs:
-            ranges = measure_ranges(model, inputs, self.calibration, self.settings.calibration)
-        rewriter = _Rewriter(model.graph, ranges, reduce_range=self.settings.reduce_range)
+        embeddings = self.settings.embeddings and self._switches is None
+        plan = make_plan(model.graph, self._exclusion(model), embeddings=embeddings)
+        form = self._form()
+        keys = plan.keys()
+        ranges = self._ranges(model, keys) if form == "static" and keys else None
+        means = self._means(model, keys) if self.settings.bias_correction else {}
+        rewriter = _Rewriter(
+            model.graph, ranges, means, reduce_range=self.settings.reduce_range, per_token=form == "per-token"
+        )
+        rewriter.switches = self._switches
         for linear, chosen in plan.linears:
             rewriter.linear(linear, chosen)
         for embedding in plan.embeddings:
             rewriter.embedding(embedding)
-        rewriter.editor.drop_unused_initializers()
+        if self._switches is None:
+            rewriter.editor.drop_unused_initializers()
         metrics = {
-            "form": "dynamic" if ranges is None else "static",
+            "form": form,
             "linears": sum(len(chosen) for _, chosen in plan.linears),
             "embeddings": len(plan.embeddings),
-            "quantized_inputs": len(inputs),
+            "quantized_inputs": len(keys),
             "slow_fusions_split": split,
             "skipped": len(plan.skipped),
             "bytes_before": before,
@@ -165,89 +176,93 @@ class QuantizeInt8(Pass[ir.Model, ir.Model]):
         Raises:
             PassFailedError: naming the layer.
         """
-        exclusion = Exclusion(model.graph, self.settings.exclude)
-        for linear in find_linears(model.graph):
-            for column, columns in enumerate(linear.columns):
-                if exclusion.of_linear(linear, column) is None:
-                    raise PassFailedError(f"{self.name} left '{columns.name}' in fp32 without a reason.")
+        check_nothing_left(model, self._exclusion(model), self.name)
 
-    def _plan(self, model: ir.Model) -> _Plan:
-        plan, exclusion = _Plan(), Exclusion(model.graph, self.settings.exclude)
-        for linear in find_linears(model.graph):
-            reasons = [exclusion.of_linear(linear, column) for column in range(len(linear.columns))]
-            plan.skipped += [
-                (columns.name, reason) for columns, reason in zip(linear.columns, reasons, strict=True) if reason
-            ]
-            if chosen := [column for column, reason in enumerate(reasons) if reason is None]:
-                plan.linears.append((linear, chosen))
-        for embedding in find_embeddings(model.graph) if self.settings.embeddings else ():
-            if reason := exclusion.of_embedding(embedding):
-                plan.skipped.append((embedding.name, reason))
-            else:
-                plan.embeddings.append(embedding)
-        plan.skipped += _other_weights(model.graph)
-        return plan
+    def _exclusion(self, model: ir.Model) -> Exclusion:
+        return Exclusion(model.graph, self.settings.exclude, self._schemes, "int8")
+
+    def _form(self) -> str:
+        if self.settings.activations == "token":
+            return "per-token"
+        return "dynamic" if self.calibration is None else "static"
+
+    def _ranges(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, Range]:
+        """The range of each input, by its name in this graph."""
+        assert self.calibration is not None
+        known, stats = self._remembered.ranges, self._remembered.stats
+        if self.settings.calibration.method == "minmax":
+            for key in keys.values():
+                if key in stats and key not in known:
+                    seen = self._remembered.smoothed(key)
+                    known[key] = float(seen.low.min()), float(seen.high.max())
+        if missing := [value for value, key in keys.items() if key not in known]:
+            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
+            known.update({keys[value]: measured[str(value.name)] for value in missing})
+        return {str(value.name): known[key] for value, key in keys.items()}
+
+    def _means(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, Floats]:
+        """The mean of each input ``[fan_in]``, by its name in this graph."""
+        assert self.calibration is not None
+        known = self._remembered
+        if missing := {value: key for value, key in keys.items() if key not in known.stats}:
+            known.put(observe(model, missing, self.calibration))
+        return {str(value.name): known.smoothed(key).mean for value, key in keys.items()}
 
 
 class _Rewriter:
     """Replaces fp32 nodes by INT8 ones."""
 
-    def __init__(self, graph: ir.Graph, ranges: dict[str, Range] | None, *, reduce_range: bool):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        ranges: dict[str, Range] | None,
+        means: dict[str, Floats],
+        *,
+        reduce_range: bool,
+        per_token: bool,
+    ):
         self.editor = Editor(graph)
         self.changed: list[str] = []
+        self.switches: Switches | None = None
         self._ranges = ranges
+        self._means = means
         self._reduce_range = reduce_range
+        self._per_token = per_token
         self._activations: dict[ir.Value, _Activation] = {}
         self._weights: dict[Hashable, tuple[ir.Value, ir.Value, Floats]] = {}
         self._tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._leads: dict[Hashable, ir.Value] = {}
         self._shapes: dict[tuple[Hashable, int], ir.Value] = {}
         self._constant_shapes: dict[tuple[int, ...], ir.Value] = {}
+        self._unit: tuple[ir.Value, ir.Value, ir.Value, ir.Value] | None = None
 
     def linear(self, linear: Linear, chosen: list[int]) -> None:
         """Replace a product; of a packed one, the ``chosen`` parts become INT8 and the others fp32 products."""
-        weight, bias = linear.weight(), linear.bias()
-        for index, columns in enumerate(linear.columns):
-            if index not in chosen:
-                part = self.editor.initializer(f"{columns.name}.weight", weight[:, columns.start : columns.stop])
-                (product,) = self.editor.insert(linear.node, "MatMul", [_input(linear), part], like=columns.output)
-            else:
-                activation = self._activation(linear)
-                build = self._dynamic if activation.constant is None else self._static
-                product = build(linear, columns, activation, weight[:, columns.start : columns.stop], bias)
-                self.changed.append(columns.name)
-            replace_value(columns.output, product)
-        self.editor.graph.remove([linear.split, linear.node] if linear.split else linear.node, safe=True)
+
+        def build(columns: Columns, weight: Floats, bias: Floats | None) -> ir.Value:
+            activation = self._activation(linear)
+            make = self._dynamic if activation.constant is None else self._static
+            return make(linear, columns, activation, weight, bias)
+
+        self.changed += replace_linear(self.editor, linear, chosen, build, self.switches)
 
     def embedding(self, embedding: Embedding) -> None:
         """Replace a lookup of fp32 rows by one of int8 rows and their scales."""
-        node, table = embedding.node, embedding.node.inputs[0]
-        assert table is not None
-        if table not in self._tables:
-            quantized = quantize_rows(embedding.tensor().numpy())
-            self._tables[table] = (
-                self.editor.initializer(f"{embedding.name}.weight_int8", quantized.values),
-                self.editor.initializer(f"{embedding.name}.weight_scale", quantized.scale),
-            )
-        values, scales = self._tables[table]
-        insert, output = self.editor.insert, node.outputs[0]
-        rows = insert(node, "Gather", [values, node.inputs[1]], {"axis": 0}, dtype=ir.DataType.INT8, origin=node)
-        scale = insert(node, "Gather", [scales, node.inputs[1]], {"axis": 0}, origin=node)
-        floats = insert(node, "Cast", rows, {"to": ir.DataType.FLOAT}, like=output, origin=node)
-        (product,) = insert(node, "Mul", floats + scale, like=output, origin=node)
-        replace_value(output, product)
-        self.editor.graph.remove(node, safe=True)
+        replace_value(embedding.node.outputs[0], quantize_embedding(self.editor, embedding, self._tables))
+        self.editor.graph.remove(embedding.node, safe=True)
         self.changed.append(embedding.name)
 
     def _activation(self, linear: Linear) -> _Activation:
         """The quantized input of a product, shared by all products that read it."""
-        value = _input(linear)
+        value = input_of(linear)
         if value not in self._activations:
             self._activations[value] = self._quantize(value, linear.node)
         return self._activations[value]
 
     def _quantize(self, value: ir.Value, before: ir.Node) -> _Activation:
         insert = self.editor.insert
+        if self._per_token:
+            return self._quantize_tokens(value, before)
         if self._ranges is None:
             values, scale, zero = insert(
                 before, "DynamicQuantizeLinear", [value], like=value, dtype=ir.DataType.UINT8, num_outputs=3
@@ -260,6 +275,24 @@ class _Rewriter:
         zero = self.editor.initializer(f"{value.name}_zero_point", offset)
         (values,) = insert(before, "QuantizeLinear", [value, scale, zero], like=value, dtype=ir.DataType.UINT8)
         return _Activation(values, scale, zero, constant=factor)
+
+    def _quantize_tokens(self, value: ir.Value, before: ir.Node) -> _Activation:
+        """Divide every token by its largest value, so that one constant scale fits all."""
+        insert = self.editor.insert
+        if self._unit is None:
+            self._unit = (
+                self.editor.initializer("token_unit_scale", np.float32(1 / _TOKEN_STEPS)),
+                self.editor.initializer("token_unit_zero_point", np.uint8(128)),
+                self.editor.initializer("token_axis", np.array([-1], np.int64)),
+                self.editor.initializer("token_least", np.float32(LEAST_SCALE)),
+            )
+        scale, zero, axis, least = self._unit
+        size = insert(before, "Abs", [value], like=value)
+        peak = insert(before, "ReduceMax", [*size, axis], {"keepdims": 1})
+        (tokens,) = insert(before, "Max", [*peak, least])
+        unit = insert(before, "Div", [value, tokens], like=value)
+        (values,) = insert(before, "QuantizeLinear", [*unit, scale, zero], like=value, dtype=ir.DataType.UINT8)
+        return _Activation(values, scale, zero, tokens=tokens)
 
     def _weight(
         self, linear: Linear, columns: Columns, floats: Floats, least_scale: Floats | None = None
@@ -289,6 +322,9 @@ class _Rewriter:
         # Multiplying the scales first is what ONNX Runtime's fusion looks for.
         factor = insert(node, "Mul", [x.scale, scale])
         (result,) = insert(node, "Mul", floats + factor, like=like, origin=node)
+        if x.tokens is not None:
+            (result,) = insert(node, "Mul", [result, x.tokens], like=like, origin=node)
+        bias = self._corrected(linear, columns, weight, bias)
         if bias is not None:
             addend = self.editor.initializer(f"{columns.name}.bias", bias)
             (result,) = insert(node, "Add", [result, addend], like=like, origin=node)
@@ -299,9 +335,11 @@ class _Rewriter:
     ) -> ir.Value:
         node, insert, like = linear.node, self.editor.insert, columns.output
         assert x.constant is not None
-        adder = None if bias is not None else _bias_behind(columns)
+        # With a switch the Add has to stay behind it.
+        adder = None if bias is not None or self.switches is not None else _bias_behind(columns)
         if adder is not None:
             bias = _bias_of(adder)
+        bias = self._corrected(linear, columns, weight, bias)
         floor = None if bias is None else least_scale_for_bias(bias, x.constant)
         values, scale, figures = self._weight(linear, columns, weight, floor)
         zeros = self.editor.initializer(f"{columns.name}.weight_zero_point", np.zeros(figures.shape, np.int8))
@@ -326,6 +364,15 @@ class _Rewriter:
             replace_value(adder.outputs[0], *result)
             self.editor.graph.remove(adder, safe=True)
         return result[0]
+
+    def _corrected(self, linear: Linear, columns: Columns, weight: Floats, bias: Floats | None) -> Floats | None:
+        """The bias, plus what rounding the weight takes from the mean of the output."""
+        mean = self._means.get(str(input_of(linear).name))
+        if mean is None:
+            return bias
+        quantized = quantize_columns(weight, reduce_range=self._reduce_range)
+        shift = (mean @ (weight - quantized.values * quantized.scale)).astype(np.float32)
+        return shift if bias is None else np.asarray(bias + shift, np.float32)
 
     def _dequantized(self, x: _Activation, before: ir.Node) -> ir.Value:
         if x.floats is None:
@@ -365,12 +412,6 @@ class _Rewriter:
         return self._constant_shapes[sizes]
 
 
-def _input(linear: Linear) -> ir.Value:
-    value = linear.node.inputs[0]
-    assert value is not None
-    return value
-
-
 def _bias_behind(columns: Columns) -> ir.Node | None:
     """The Add of a constant ``[fan_out]`` that alone reads the product."""
     adder = only_consumer(columns.output, "Add")
@@ -388,18 +429,3 @@ def _bias_of(adder: ir.Node) -> Floats:
     tensor = constant_of(adder.inputs[_bias_index(adder)])
     assert tensor is not None
     return tensor.numpy()
-
-
-def _other_weights(graph: ir.Graph) -> list[tuple[str, str]]:
-    """Large constants that nodes of other kinds compute with, so that no fp32 weight is left unmentioned."""
-    found = []
-    for node in graph:
-        if node.op_type in ("MatMul", "Gemm", "FusedMatMul", "Gather", "Transpose", "Slice"):
-            continue
-        for value in node.inputs:
-            tensor = constant_of(value)
-            if value is None or tensor is None or len(tensor.shape) < 2 or not tensor.dtype.is_floating_point():
-                continue
-            if tensor.nbytes >= LEAST_TABLE_BYTES:
-                found.append((str(value.name), f"a weight of {node.op_type}, which is not quantized"))
-    return found

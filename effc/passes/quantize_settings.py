@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from effc.suggest import did_you_mean
+
+MODES = ("none", "int8", "int8-weights", "int4-weights", "fp8", "fp16", "bf16")
+"""What a layer can be quantized to; ``none`` leaves it in fp32."""
+SEARCHED = ("int8", "int8-weights", "int4-weights", "fp8")
+"""Modes that ``auto`` can choose layers for; the others lose next to nothing."""
+AUTO = "auto"
+_AUTO_FORM = "auto:DROP or auto:DROP:MODE, for example auto:0.01 or auto:0.01:int4-weights"
 
 
 class CalibrationSection(BaseModel):
@@ -18,12 +27,29 @@ class CalibrationSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str | None = Field(
-        None, description="text, .jsonl or .csv file; without it activations are quantized dynamically"
+        None,
+        description="text, .jsonl or .csv file, or a datasets name; without it activations are quantized dynamically",
     )
     samples: int = Field(64, ge=1, description="samples read from the data")
     max_length: int = Field(512, ge=1, description="tokens per sample")
-    method: Literal["minmax", "percentile", "entropy"] = Field("minmax", description="how ranges are chosen")
+    packed: bool = Field(False, description="join texts and cut them to samples of exactly max_length tokens")
+    seed: int = Field(0, description="chooses the samples")
+    method: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how ranges are chosen")
     percentile: float = Field(99.999, gt=50, le=100, description="share of values inside the range, for percentile")
+
+
+class WeightSection(BaseModel):
+    """How weights alone are quantized, for ``int8-weights`` and ``int4-weights``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["rtn", "awq", "gptq"] = Field(
+        "rtn", description="round to nearest; awq and gptq need calibration data"
+    )
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        None, description="inputs that share a scale; 32 for int4 and 128 for int8 when empty"
+    )
+    symmetric: bool = Field(False, description="no zero points")
 
 
 class QuantizationSection(BaseModel):
@@ -31,10 +57,82 @@ class QuantizationSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mode: Literal["none", "int8"] = Field("none", description="none or int8")
+    mode: str = Field("none", description=f"{', '.join(MODES)}, or {_AUTO_FORM}")
+    layers: dict[str, str] = Field(
+        default_factory=dict, description="glob to mode, for layers of their own; the first that matches counts"
+    )
     exclude: tuple[str, ...] = Field((), description="globs of graph nodes or modules that stay in fp32")
     embeddings: bool = Field(True, description="quantize embedding tables too")
     reduce_range: bool = Field(
         False, description="7-bit weights, for CPUs without VNNI (their 8-bit products saturate)"
     )
+    activations: Literal["tensor", "token"] = Field(
+        "tensor", description="INT8 inputs with one scale per tensor, or one per token: for outliers in few tokens"
+    )
+    smoothing: float | Literal["none", "auto"] = Field(
+        "none", description="SmoothQuant's alpha, 0 to 1, or auto to search it per layer; needs calibration data"
+    )
+    bias_correction: bool = Field(
+        False, description="add what INT8 changes in the mean of each output; needs calibration data"
+    )
+    weights: WeightSection = WeightSection()
     calibration: CalibrationSection = CalibrationSection()
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, value: str) -> str:
+        if value.split(":")[0] == AUTO:
+            _auto(value)
+        elif value not in MODES:
+            raise ValueError(f"'{value}' is not a mode. {did_you_mean(value, (*MODES, AUTO))}")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _known_layer_modes(cls, value: dict[str, str]) -> dict[str, str]:
+        for glob, mode in value.items():
+            if mode not in MODES:
+                raise ValueError(f"'{mode}' (for '{glob}') is not a mode. {did_you_mean(mode, MODES)}")
+        return value
+
+    @field_validator("smoothing", mode="after")
+    @classmethod
+    def _alpha(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 <= value <= 1:
+            raise ValueError("an alpha lies between 0 and 1")
+        return value
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is to be quantized."""
+        return self.mode != "none" or any(mode != "none" for mode in self.layers.values())
+
+    @property
+    def budget(self) -> float | None:
+        """The quality that ``auto`` may lose, or None."""
+        return _auto(self.mode)[0] if self.mode.startswith(AUTO) else None
+
+    @property
+    def base_mode(self) -> str:
+        """The mode of layers that nothing else is said of."""
+        return _auto(self.mode)[1] if self.mode.startswith(AUTO) else self.mode
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """Every mode that some layer may get."""
+        return frozenset({self.base_mode, *self.layers.values()} - {"none"})
+
+
+def _auto(text: str) -> tuple[float, str]:
+    """Budget and mode of ``auto:DROP[:MODE]``."""
+    parts = text.split(":")
+    mode = parts[2] if len(parts) > 2 else "int8"
+    try:
+        budget = float(parts[1])
+    except (IndexError, ValueError):
+        raise ValueError(f"'{text}' does not say how much quality may be lost. Write {_AUTO_FORM}") from None
+    if len(parts) > 3 or not 0 <= budget < float("inf"):
+        raise ValueError(f"'{text}' is not {_AUTO_FORM}")
+    if mode not in SEARCHED:
+        raise ValueError(f"auto does not choose layers for '{mode}'. {did_you_mean(mode, SEARCHED)}")
+    return budget, mode

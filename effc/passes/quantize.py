@@ -1,0 +1,78 @@
+"""Every quantizing pass that a recipe asks for, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from effc.passes.base import Pass
+from effc.passes.quantize_calibrate import Batch
+from effc.passes.quantize_fp8 import QuantizeFp8
+from effc.passes.quantize_half import HALVES, StoreHalf
+from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_replace import Switches
+from effc.passes.quantize_schemes import Schemes
+from effc.passes.quantize_settings import QuantizationSection
+from effc.passes.quantize_smooth import Smooth, smooths
+from effc.passes.quantize_weights import QuantizeWeights
+
+GraphPass = Pass[ir.Model, ir.Model]
+
+
+def quantizing_passes(
+    settings: QuantizationSection,
+    calibration: Sequence[Batch] | None,
+    schemes: Schemes | None = None,
+    remembered: Remembered | None = None,
+    switches: Switches | None = None,
+) -> Iterator[GraphPass]:
+    """The passes for the modes of ``settings``.
+
+    Args:
+        calibration: batches of model inputs, or None.
+        schemes: the mode of every layer; as the settings say if None.
+        remembered: shared by the graphs of one model, so that they get equal weights.
+        switches: keep fp32 layers beside the quantized ones.
+    """
+    schemes, remembered = schemes or Schemes(settings), remembered or Remembered()
+    modes = settings.modes
+    # The first to run sees the graph as it was, and checks it for all.
+    alone = True
+    if smooths(settings):
+        yield Smooth(settings, calibration, schemes, remembered)
+        alone = False
+    common = (calibration, schemes, remembered)
+    if "int8" in modes:
+        yield QuantizeInt8(settings, *common, alone=alone, switches=switches)
+        alone = False
+    if "fp8" in modes:
+        yield QuantizeFp8(settings, *common, alone=alone, switches=switches)
+        alone = False
+    for bits in (8, 4):
+        if f"int{bits}-weights" in modes:
+            yield QuantizeWeights(settings, bits, *common, alone=alone, switches=switches)
+            alone = False
+    # Last, so that what they store is not taken for a weight of another type.
+    for half in HALVES:
+        if half in modes and switches is None:
+            yield StoreHalf(settings, half, schemes, alone=alone)
+            alone = False
+
+
+def quantize(
+    model: ir.Model,
+    settings: QuantizationSection,
+    calibration: Sequence[Batch] | None,
+    schemes: Schemes | None = None,
+    remembered: Remembered | None = None,
+) -> None:
+    """Run all of them on a graph, in place.
+
+    Raises:
+        PreconditionError, DataError, PassFailedError: see the passes.
+    """
+    for step in quantizing_passes(settings, calibration, schemes, remembered):
+        step.run(model)
+        step.ensures(model)

@@ -1,0 +1,168 @@
+"""FP8 (E4M3) weights and activations as QuantizeLinear and DequantizeLinear around float products.
+
+Made for engines that run such products in FP8 (TensorRT on GPUs of compute capability 8.9 and newer). ONNX Runtime on
+CPU rounds to E4M3 and multiplies in fp32: the numerics are those of the engine's inputs, bit by bit, so that the
+quality can be verified on any machine; it is slower than fp32 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from effc.passes.base import Pass, PassResult
+from effc.passes.quantize_calibrate import Batch, measure_ranges
+from effc.passes.quantize_exclude import Exclusion, Rules
+from effc.passes.quantize_find import Columns, Linear
+from effc.passes.quantize_graph import Editor, initializer_bytes
+from effc.passes.quantize_numbers import LEAST_SCALE, Floats
+from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_plan import (
+    check_globs,
+    check_nothing_left,
+    check_opset,
+    check_unquantized,
+    input_of,
+    make_plan,
+)
+from effc.passes.quantize_replace import Switches, replace_linear
+from effc.passes.quantize_schemes import Schemes
+from effc.passes.quantize_settings import QuantizationSection
+
+LARGEST = 448.0
+"""The largest number of E4M3."""
+# QuantizeLinear learnt float8 in opset 19.
+LEAST_OPSET = 19
+
+
+class QuantizeFp8(Pass[ir.Model, ir.Model]):
+    """Quantize linear layers to FP8; see :class:`QuantizeInt8` for the arguments."""
+
+    name: ClassVar[str] = "quantize-fp8"
+    version: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        settings: QuantizationSection,
+        calibration: Iterable[Batch] | None = None,
+        schemes: Schemes | None = None,
+        remembered: Remembered | None = None,
+        *,
+        alone: bool = True,
+        switches: Switches | None = None,
+    ):
+        self.settings: QuantizationSection = settings
+        self.calibration = calibration
+        self._schemes = schemes or Schemes(settings)
+        self._remembered = remembered or Remembered()
+        self._alone, self._switches = alone, switches
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that the graph is not quantized yet and its opset knows FP8.
+
+        Raises:
+            PreconditionError: naming the node, the opset or the glob.
+        """
+        if self._alone:
+            check_unquantized(model)
+            check_globs(model, self.settings)
+        check_opset(model, LEAST_OPSET, "FP8")
+
+    def run(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Quantize in place.
+
+        Raises:
+            DataError: if calibration samples do not fit the graph.
+        """
+        self.requires(model)
+        before, editor = initializer_bytes(model), Editor(model.graph)
+        plan = make_plan(model.graph, self._exclusion(model), embeddings=False)
+        peaks = self._peaks(model, plan.keys())
+        inputs: dict[ir.Value, ir.Value] = {}
+        weights: dict[tuple[str, int, int], ir.Value] = {}
+        changed = []
+        for linear, chosen in plan.linears:
+
+            def build(columns: Columns, weight: Floats, bias: Floats | None, linear: Linear = linear) -> ir.Value:
+                value, place = input_of(linear), (linear.weight_name, columns.start, columns.stop)
+                if value not in inputs:
+                    inputs[value] = _rounded_input(editor, linear.node, value, peaks)
+                if place not in weights:
+                    weights[place] = _rounded_weight(editor, linear.node, columns.name, weight)
+                both = [inputs[value], weights[place]]
+                (result,) = editor.insert(linear.node, "MatMul", both, like=columns.output, origin=linear.node)
+                if bias is not None:
+                    addend = editor.initializer(f"{columns.name}.bias", bias)
+                    (result,) = editor.insert(linear.node, "Add", [result, addend], like=columns.output)
+                return result
+
+            changed += replace_linear(editor, linear, chosen, build, self._switches)
+        if self._switches is None:
+            editor.drop_unused_initializers()
+        metrics = {
+            "form": "dynamic" if peaks is None else "static",
+            "linears": sum(len(chosen) for _, chosen in plan.linears),
+            "skipped": len(plan.skipped),
+            "bytes_before": before,
+            "bytes_after": initializer_bytes(model),
+            "note": "rounded to FP8 and multiplied in fp32: for engines, and no faster on CPU",
+        }
+        return PassResult(model, bool(changed), changed, plan.skipped, metrics)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no layer is left in fp32 without a reason.
+
+        Raises:
+            PassFailedError: naming the layer.
+        """
+        check_nothing_left(model, self._exclusion(model), self.name)
+
+    def _exclusion(self, model: ir.Model) -> Exclusion:
+        # A floating-point format holds a gate's outliers.
+        return Exclusion(model.graph, self.settings.exclude, self._schemes, "fp8", Rules(gated=False))
+
+    def _peaks(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, float] | None:
+        """The largest magnitude of each input by its name in this graph; None where it is found in every run."""
+        if self.calibration is None or not keys:
+            return None
+        known = self._remembered.ranges
+        if missing := [value for value, key in keys.items() if key not in known]:
+            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
+            known.update({keys[value]: measured[str(value.name)] for value in missing})
+        return {str(value.name): max(abs(edge) for edge in known[key]) for value, key in keys.items()}
+
+
+def quantize_columns_fp8(weight: Floats) -> tuple[np.ndarray, Floats]:
+    """E4M3 numbers shaped like ``weight [fan_in, fan_out]`` and a scale ``[fan_out]`` per output channel."""
+    scale = np.maximum(np.abs(weight).max(axis=0) / LARGEST, LEAST_SCALE).astype(np.float32)
+    return np.clip(weight / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn), scale
+
+
+def _rounded_weight(editor: Editor, before: ir.Node, name: str, weight: Floats) -> ir.Value:
+    values, scale = quantize_columns_fp8(weight)
+    # ONNX Runtime takes a plain pair of dequantized FP8 factors for an INT8 product and then refuses the graph. It does
+    # not look behind a Reshape, which costs nothing.
+    stored = editor.initializer(f"{name}.weight_fp8", values[None])
+    inputs = [stored, editor.initializer(f"{name}.weight_scale", scale)]
+    floats = editor.insert(before, "DequantizeLinear", inputs, {"axis": 2})
+    shape = editor.initializer("fp8_weight_shape", np.array(values.shape, np.int64))
+    return editor.insert(before, "Reshape", [*floats, shape])[0]
+
+
+def _rounded_input(editor: Editor, before: ir.Node, value: ir.Value, peaks: dict[str, float] | None) -> ir.Value:
+    insert, fp8 = editor.insert, ir.DataType.FLOAT8E4M3FN
+    zero = editor.initializer("fp8_zero_point", np.zeros((), ml_dtypes.float8_e4m3fn))
+    if peaks is None:
+        # Over all axes, which gives a scalar.
+        peak = insert(before, "ReduceMax", insert(before, "Abs", [value], like=value), {"keepdims": 0})
+        part = insert(before, "Mul", [*peak, editor.initializer("fp8_step", np.float32(1 / LARGEST))])
+        (scale,) = insert(before, "Max", [*part, editor.initializer("fp8_least", np.float32(LEAST_SCALE))])
+    else:
+        step = max(peaks[str(value.name)] / LARGEST, LEAST_SCALE)
+        scale = editor.initializer(f"{value.name}_scale", np.float32(step))
+    rounded = insert(before, "QuantizeLinear", [value, scale, zero], like=value, dtype=fp8)
+    return insert(before, "DequantizeLinear", [*rounded, scale], like=value)[0]
