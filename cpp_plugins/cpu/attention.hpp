@@ -109,7 +109,31 @@ struct QueryTile {
   bool listed;  // the queries are listed rows, which see everything
 };
 
-using AttendFunction = void (*)(const Call& call, const Pass& pass, const QueryTile& tile, float* workspace);
+// Memory that will be needed soon, to be loaded a few rows at a time: too many at once would wait for each other.
+struct Prefetch {
+  const float* row;
+  int64_t stride;
+  int32_t rows;
+  int64_t width;
+};
+
+// What one thread works with. Keys and values of a head lie far apart in the tensors, often a page each, where no
+// hardware looks ahead, and at distances that fill only a few sets of the cache. The tile kernel therefore copies them
+// side by side, one slot per block of kKeyTile keys, finds them there again for the next tile of queries, and asks in
+// time for the block after. A task takes a few neighbouring heads, because their rows share pages.
+constexpr int kMaxPackedBlocks = 64;
+struct Workspace {
+  float* memory;            // kWorkspaceFloats, aligned to kWorkspaceAlignment bytes
+  float* packed_memory;     // slots of 2 * kKeyTile * head_dim
+  int32_t blocks_per_head;  // slots of one key/value head, at least 1; all of a task: at most kMaxPackedBlocks
+  int64_t first_kv_head;    // of the task
+  Position packed[kMaxPackedBlocks];  // the block of keys that each slot holds, or -1
+  Prefetch keys, values, queries, outputs;
+};
+
+using AttendFunction = void (*)(const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace);
+
+struct LinearKernels;  // linear_attention.hpp
 
 // What one instruction set offers.
 struct Kernels {
@@ -118,19 +142,22 @@ struct Kernels {
   AttendFunction attend_few;   // up to kFewRows rows
   // Runs `iterations` rounds of independent multiply-adds and returns how many floating point operations that was.
   double (*multiply_add_rounds)(int64_t iterations);
+  const LinearKernels* linear;
 };
 
-// Floats that one thread needs to run a kernel; the workspace must be aligned to kWorkspaceAlignment bytes.
 constexpr size_t kWorkspaceAlignment = 64;
-constexpr size_t kWorkspaceFloats = 2 * kMaxHeadDim * kTileRows   // queries and outputs
-                                    + 2 * kMaxHeadDim * kKeyTile  // listed keys and their values
+constexpr size_t kWorkspaceFloats = 2 * kMaxHeadDim * kTileRows   // queries, outputs
+                                    + 4 * kMaxHeadDim * kKeyTile  // listed keys and their values, twice
                                     + kKeyTile * kTileRows        // scores
+                                    + kKeyTile / 2 * kTileRows    // weights in pairs
                                     + 3 * kTileRows;              // statistics
 
 const Kernels& portable_kernels();
 #if defined(EFFC_HAVE_X86_KERNELS)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+const Kernels& avx512_amx_kernels();
 #endif
 
 }  // namespace effc::cpu

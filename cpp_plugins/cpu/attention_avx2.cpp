@@ -6,7 +6,7 @@
 namespace effc::cpu {
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {Simd::kName, attend_tile, attend_few, multiply_add_rounds};
+  static constexpr Kernels kernels = {Simd::kName, attend_tile, attend_few, multiply_add_rounds, &kLinearKernels};
   return kernels;
 }
 

@@ -16,8 +16,11 @@ using Float = Simd::Float;
 #else
 #define EFFC_UNROLL _Pragma("GCC unroll 8")
 #endif
+// Register tiles are functions of their own: inlined into the loops around them they lose registers to those.
+#define EFFC_NOINLINE __attribute__((noinline))
 
 constexpr int kWidth = Simd::kWidth;
+constexpr int64_t kCacheLine = 64 / sizeof(float);
 constexpr int kRegisterRows = 6;  // rows of a register tile; its columns are Simd::kTileVectors
 
 // Scores are kept in units of log2, so that the exponential is a power of two: no multiplication per score.
@@ -26,11 +29,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 // Below any score: the running maximum before the first visible key.
 constexpr float kNoScore = -1e30f;
 
-// 2^x for x <= 0, relative error about 2e-7: a polynomial for the fraction, an exponent for the rest. Exact at 0, so
-// that an unchanged maximum rescales by exactly 1. Everything below 2^-100 becomes 2^-100, which adds nothing to a sum
-// that holds a 1 and keeps denormal numbers (slow) away. NaN stays NaN: see Simd::max.
-inline Float exp2_nonpositive(Float x) {
-  x = Simd::max(Simd::broadcast(-100.0f), x);
+// 2^x for lowest <= x <= 0, relative error about 2e-7: a polynomial for the fraction, an exponent for the rest. Exact
+// at 0, so that an unchanged maximum rescales by exactly 1. NaN stays NaN: see Simd::max.
+inline Float exp2_above(Float x, float lowest) {
+  x = Simd::max(Simd::broadcast(lowest), x);
   const Float fraction = Simd::fraction(x);
   Float power = Simd::broadcast(1.867130082e-3f);
   power = Simd::multiply_add(power, fraction, Simd::broadcast(9.017030284e-3f));
@@ -39,6 +41,12 @@ inline Float exp2_nonpositive(Float x) {
   power = Simd::multiply_add(power, fraction, Simd::broadcast(0.6931513118f));
   power = Simd::multiply_add(power, fraction, Simd::broadcast(1.0f));
   return Simd::scale_by_power(power, x);
+}
+
+// Everything below 2^-100 becomes 2^-100, which adds nothing to a sum that holds a 1 and keeps denormal numbers (slow)
+// away.
+inline Float exp2_nonpositive(Float x) {
+  return exp2_above(x, -100.0f);
 }
 
 inline int vectors_for(int64_t floats) {
@@ -61,6 +69,7 @@ struct TileLayout {
   const float* first_value;
   Position phase;             // position of the subsequence's first key
   const uint8_t* key_mask;    // [kv_len], or null
+  Position keys;              // of the subsequence
   AttendableKeys attendable;  // counted in keys of the subsequence
   Range positions;            // of the queries, counted in keys of the subsequence
   List listed_keys;
@@ -117,6 +126,7 @@ inline TileLayout layout_of(const Call& call, const Pass& pass, const QueryTile&
   layout.value = layout.first_value + layout.phase * key_width;
   layout.key_mask = tile.listed ? entry.all_mask : entry.main_mask;
   layout.attendable = tile.listed ? entry.all_keys : entry.main_keys;
+  layout.keys = steps_before(static_cast<Position>(problem.kv_len), layout.phase, step);
   layout.attendable.range = {steps_before(layout.attendable.range.begin, layout.phase, step),
                              steps_before(layout.attendable.range.end, layout.phase, step)};
   layout.listed_keys = pass.takes_listed_keys ? entry.listed_keys : List{nullptr, 0};
@@ -141,12 +151,23 @@ inline int64_t row_offset(const Problem& problem, const QueryTile& tile, const T
   return steps * layout.query_stride + row / tile.query_count * problem.head_dim;
 }
 
+// How products are computed. Queries, keys, values and weights are arrays of 32-bit cells: here one number each.
+struct Fp32 {
+  static constexpr int kPerCell = 1;
+  static Float multiply_add(Float a, Float b, Float c) { return Simd::multiply_add(a, b, c); }
+};
+
+template <class Arithmetic>
+inline int64_t cells_for(int64_t numbers) {
+  return (numbers + Arithmetic::kPerCell - 1) / Arithmetic::kPerCell;
+}
+
 // output[r] = output[r] * rescale[r] + sum over j of weight[j, r] * value[j], for kRows rows and kVectors vectors of
 // head_dim. The accumulators stay in registers; the rescale of the online softmax costs one multiplication on the way
-// in. weight[j, r] lies at weights[j * kKeyStep + r * kRowStep].
-template <int kRows, int kVectors, bool kPartial, int kKeyStep, int kRowStep>
-inline void accumulate_tile(const float* weights, const float* value, int64_t value_stride, int keys, int last_lanes,
-                            const float* rescale, float* output, int64_t output_stride) {
+// in. weight[j, r] lies at weights[j * kKeyStep + r * kRowStep]. Where a cell is a pair of numbers, j counts pairs.
+template <class Arithmetic, int kRows, int kVectors, bool kPartial, int kKeyStep, int kRowStep>
+EFFC_NOINLINE void accumulate_tile(const float* weights, const float* value, int64_t value_stride, int keys,
+                                   int last_lanes, const float* rescale, float* output, int64_t output_stride) {
   Float sums[kRows][kVectors];
   EFFC_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -168,7 +189,7 @@ inline void accumulate_tile(const float* weights, const float* value, int64_t va
     for (int r = 0; r < kRows; ++r) {
       const Float weight = Simd::broadcast(weights[j * kKeyStep + r * kRowStep]);
       EFFC_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Simd::multiply_add(weight, row[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = Arithmetic::multiply_add(weight, row[v], sums[r][v]);
     }
   }
   EFFC_UNROLL
@@ -179,7 +200,7 @@ inline void accumulate_tile(const float* weights, const float* value, int64_t va
 }
 
 // The same for all of head_dim, cut into register tiles of nearly equal width.
-template <int kRows, int kKeyStep, int kRowStep>
+template <class Arithmetic, int kRows, int kKeyStep, int kRowStep>
 inline void accumulate(const float* weights, const float* value, int64_t value_stride, int keys, int64_t head_dim,
                        const float* rescale, float* output, int64_t output_stride) {
   const int vectors = vectors_for(head_dim);
@@ -196,18 +217,18 @@ inline void accumulate(const float* weights, const float* value, int64_t value_s
     };
     static_assert(Simd::kTileVectors == 2 || Simd::kTileVectors == 4, "the cases below cover 1 to kTileVectors");
     if (count == 1) {
-      partial ? run(accumulate_tile<kRows, 1, true, kKeyStep, kRowStep>)
-              : run(accumulate_tile<kRows, 1, false, kKeyStep, kRowStep>);
+      partial ? run(accumulate_tile<Arithmetic, kRows, 1, true, kKeyStep, kRowStep>)
+              : run(accumulate_tile<Arithmetic, kRows, 1, false, kKeyStep, kRowStep>);
     } else if (count == 2) {
-      partial ? run(accumulate_tile<kRows, 2, true, kKeyStep, kRowStep>)
-              : run(accumulate_tile<kRows, 2, false, kKeyStep, kRowStep>);
+      partial ? run(accumulate_tile<Arithmetic, kRows, 2, true, kKeyStep, kRowStep>)
+              : run(accumulate_tile<Arithmetic, kRows, 2, false, kKeyStep, kRowStep>);
     } else if constexpr (Simd::kTileVectors > 2) {
       if (count == 3) {
-        partial ? run(accumulate_tile<kRows, 3, true, kKeyStep, kRowStep>)
-                : run(accumulate_tile<kRows, 3, false, kKeyStep, kRowStep>);
+        partial ? run(accumulate_tile<Arithmetic, kRows, 3, true, kKeyStep, kRowStep>)
+                : run(accumulate_tile<Arithmetic, kRows, 3, false, kKeyStep, kRowStep>);
       } else {
-        partial ? run(accumulate_tile<kRows, 4, true, kKeyStep, kRowStep>)
-                : run(accumulate_tile<kRows, 4, false, kKeyStep, kRowStep>);
+        partial ? run(accumulate_tile<Arithmetic, kRows, 4, true, kKeyStep, kRowStep>)
+                : run(accumulate_tile<Arithmetic, kRows, 4, false, kKeyStep, kRowStep>);
       }
     }
   }
@@ -239,6 +260,8 @@ inline void start_rows(const Call& call, const Pass& pass, const QueryTile& tile
   }
 }
 
+constexpr int kRowsAhead = 4;
+
 // Divides the rows by their softmax sums and writes them, with the log-sum-exp if wanted. A row that saw nothing is
 // zero.
 inline void write_rows(const Problem& problem, const QueryTile& tile, const TileLayout& layout, const float* row_max,
@@ -250,6 +273,11 @@ inline void write_rows(const Problem& problem, const QueryTile& tile, const Tile
     const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
     const float* from = rows + r * rows_stride;
     float* to = output + row_offset(problem, tile, layout, r);
+    if (layout.listed_rows == nullptr && r + kRowsAhead < tile.query_count) {
+      for (int64_t d = 0; d < problem.head_dim; d += kCacheLine) {
+        __builtin_prefetch(to + kRowsAhead * layout.query_stride + d, 1, 3);
+      }
+    }
     int64_t d = 0;
     for (; d + kWidth <= problem.head_dim; d += kWidth) {
       Simd::store(to + d, Simd::mul(Simd::load(from + d), Simd::broadcast(inverse)));

@@ -57,13 +57,13 @@ inline void softmax_row(float* scores, int keys, uint64_t visible, float& row_ma
 }
 
 template <int kRows>
-inline void attend_rows(const Call& call, const Pass& pass, const QueryTile& tile, float* memory) {
+inline void attend_rows(const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace) {
   const Problem& problem = call.problem;
   const TileLayout layout = layout_of(call, pass, tile);
   if (layout.elsewhere == low_bits(layout.rows)) return;
   const int64_t head_dim = problem.head_dim;
   const int64_t stride = vectors_for(head_dim) * kWidth;
-  float* query = memory;                      // [kRows][stride], scaled
+  float* query = workspace.memory;            // [kRows][stride], scaled
   float* output = query + kRows * stride;     // [kRows][stride]
   float* scores = output + kRows * stride;    // [kRows][kKeyTile]
   float* listed = scores + kRows * kKeyTile;  // [2][kKeyTile][head_dim]
@@ -103,22 +103,23 @@ inline void attend_rows(const Call& call, const Pass& pass, const QueryTile& til
     for (int r = 0; r < kRows; ++r) {
       softmax_row(scores + r * kKeyTile, block.count, visible_keys[r], row_max[r], row_sum[r], rescale[r]);
     }
-    accumulate<kRows, 1, kKeyTile>(scores, block.value, block.stride, block.count, head_dim, rescale, output, stride);
+    accumulate<Fp32, kRows, 1, kKeyTile>(scores, block.value, block.stride, block.count, head_dim, rescale, output,
+                                         stride);
   }
   write_rows(problem, tile, layout, row_max, row_sum, output, stride);
 }
 
-void attend_few(const Call& call, const Pass& pass, const QueryTile& tile, float* memory) {
+void attend_few(const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace) {
   static_assert(kFewRows == 4, "the cases below cover 1 to kFewRows");
   switch (tile.head_count * tile.query_count) {
     case 1:
-      return attend_rows<1>(call, pass, tile, memory);
+      return attend_rows<1>(call, pass, tile, workspace);
     case 2:
-      return attend_rows<2>(call, pass, tile, memory);
+      return attend_rows<2>(call, pass, tile, workspace);
     case 3:
-      return attend_rows<3>(call, pass, tile, memory);
+      return attend_rows<3>(call, pass, tile, workspace);
     default:
-      return attend_rows<4>(call, pass, tile, memory);
+      return attend_rows<4>(call, pass, tile, workspace);
   }
 }
 

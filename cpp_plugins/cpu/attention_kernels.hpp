@@ -7,4 +7,5 @@
 #include "cpu/attention_common.hpp"
 #include "cpu/attention_few.hpp"
 #include "cpu/attention_tile.hpp"
+#include "cpu/linear_kernel.hpp"
 #include "cpu/multiply_add_peak.hpp"

@@ -6,14 +6,16 @@
 namespace effc::cpu {
 namespace {
 
-// Up to kKeyTile keys at equal distances in memory.
+// Up to kKeyTile keys at equal distances in memory, counted in cells.
 struct KeyBlock {
   const float* key;
   const float* value;
   int64_t stride;
+  int64_t value_stride;
   int count;
   Progression positions;
   const Position* listed;  // positions, if they follow no progression
+  Position first;          // number of the first key in its subsequence, if they follow one
 };
 
 inline Position key_position(const KeyBlock& block, int key) {
@@ -76,10 +78,14 @@ inline bool find_visible(const Call& call, const Pass& pass, const QueryTile& ti
     visible_queries(pass.excluded, scope, layout.queries, block.positions, excluded);
     for (int j = 0; j < block.count; ++j) visibility.rows[j] &= ~excluded[j];
   }
+  if (layout.attendable.has_holes) {
+    for (int j = 0; j < block.count; ++j) {
+      if (layout.key_mask[key_position(block, j)] == 0) visibility.rows[j] = 0;
+    }
+  }
   uint64_t any = 0;
   for (int j = 0; j < block.count; ++j) {
-    const bool masked = layout.attendable.has_holes && layout.key_mask[key_position(block, j)] == 0;
-    visibility.rows[j] = masked ? 0 : for_each_head(tile, visibility.rows[j]);
+    if (tile.head_count > 1) visibility.rows[j] = for_each_head(tile, visibility.rows[j]);
     any |= visibility.rows[j];
   }
   return any != 0;
@@ -108,7 +114,7 @@ inline void gather(const Problem& problem, const TileLayout& layout, KeyBlock& b
   }
   block.key = key;
   block.value = value;
-  block.stride = problem.head_dim;
+  block.stride = block.value_stride = problem.head_dim;
 }
 
 // Writes the next block and returns true, or returns false at the end. `memory` holds the listed keys of a block.
@@ -119,10 +125,11 @@ inline bool next_block(const Call& call, const Pass& pass, const QueryTile& tile
   while (next_tile(walk.iterator, pass.pattern, scope, keys)) {
     block.key = layout.key + keys.keys.begin * layout.key_stride;
     block.value = layout.value + keys.keys.begin * layout.key_stride;
-    block.stride = layout.key_stride;
+    block.stride = block.value_stride = layout.key_stride;
     block.count = keys.keys.end - keys.keys.begin;
     block.positions = {layout.phase + keys.keys.begin * pass.step, pass.step, block.count};
     block.listed = nullptr;
+    block.first = keys.keys.begin;
     if (find_visible(call, pass, tile, layout, keys, block, visibility)) return true;
   }
   int left = layout.listed_keys.count - walk.next_listed;

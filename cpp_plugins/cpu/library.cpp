@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/dispatch.hpp"
+#include "cpu/linear_attention_op.hpp"
 #include "cpu/ort_abi.hpp"
 #include "cpu/sparse_attention_op.hpp"
 
@@ -43,7 +44,9 @@ EFFC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
   if (domain == nullptr) {
     ort::CustomOpDomain* created = nullptr;
     if (ort::Status* status = api->CreateCustomOpDomain("effc", &created)) return status;
-    if (ort::Status* status = api->CustomOpDomain_Add(created, cpu::sparse_attention_op(*api))) return status;
+    for (const ort::CustomOp* op : {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api)}) {
+      if (ort::Status* status = api->CustomOpDomain_Add(created, op)) return status;
+    }
     domain = created;
   }
   return api->AddCustomOpDomain(options, domain);

@@ -44,9 +44,11 @@ bool succeeded(const ort::Api& api, ort::Status* status) {
 
 namespace {
 
-std::string string_attribute(const ort::Api& api, const ort::KernelInfo* info, const char* name) {
+std::string string_attribute(const ort::Api& api, const ort::KernelInfo* info, const char* name,
+                             bool optional = false) {
   size_t size = 0;
   if (!succeeded(api, api.KernelInfoGetAttribute_string(info, name, nullptr, &size))) {
+    if (optional) return "";
     refuse(std::string("the attribute '") + name + "' (a string) is missing. Set it, for example to local:256.");
   }
   std::string text(size, '\0');
@@ -77,6 +79,7 @@ AttentionAttributes read_attributes(const ort::Api& api, const ort::KernelInfo* 
   }
   succeeded(api, api.KernelInfoGetAttribute_float(info, "scale", &attributes.scale));
   if (!std::isfinite(attributes.scale)) refuse("the attribute 'scale' is not a finite number.");
+  attributes.precision = string_attribute(api, info, "precision", true);
   return attributes;
 }
 

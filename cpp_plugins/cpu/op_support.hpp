@@ -35,7 +35,8 @@ struct AttentionAttributes {
   bool causal = false;
   int64_t num_heads = 0;
   int64_t kv_num_heads = 0;
-  float scale = 0;  // 0: 1 / sqrt(head_dim)
+  float scale = 0;        // 0: 1 / sqrt(head_dim)
+  std::string precision;  // "" unless the node says
 };
 AttentionAttributes read_attributes(const ort::Api& api, const ort::KernelInfo* info);
 

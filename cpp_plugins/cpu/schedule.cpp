@@ -1,35 +1,74 @@
 #include "cpu/schedule.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
-#include <memory>
 #include <thread>
 
 namespace effc::cpu {
 namespace {
 
-// One head's rows are far apart in memory, often a page each. All heads of a row lie in the same pages, so working
-// through the heads before moving on keeps those pages in the translation buffer.
-// Several query tiles of one head in a row share most of their keys, which then stay in the second-level cache.
-constexpr int64_t kMaxTilesPerTask = 8;
+// A task finds most keys of a query tile where the tile before has put them, so the first tile is the slowest.
+constexpr int64_t kMaxQueryTilesPerTask = 32;
+// One head's rows are far apart in memory, often a page each, and its neighbours' rows lie in the same pages.
+constexpr int64_t kMaxHeadTilesPerTask = 4;
+constexpr int64_t kTasksPerThread = 4;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
+// Floats for keys and values that lie side by side: half of the second-level cache, or at least a block of the widest
+// heads.
+size_t packed_floats() {
+  static const size_t floats = [] {
+    constexpr size_t kUsual = 1 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    const size_t cache = found > 0 ? static_cast<size_t>(found) : kUsual;
+#else
+    const size_t cache = kUsual;
+#endif
+    return std::clamp<size_t>(cache / 2, 1 << 18, 1 << 20) / sizeof(float);
+  }();
+  return floats;
+}
+static_assert(2 * kKeyTile * kMaxHeadDim * sizeof(float) <= 1 << 18, "one block always fits");
+
+class ThreadWorkspace {
+ public:
+  ThreadWorkspace() : workspace_{} {}
+  ThreadWorkspace(const ThreadWorkspace&) = delete;
+  ThreadWorkspace& operator=(const ThreadWorkspace&) = delete;
+  ~ThreadWorkspace() { std::free(workspace_.memory); }
+
+  // The workspace with nothing in it, or null if there is no memory.
+  Workspace* get() {
+    float* memory = workspace_.memory;
+    if (memory == nullptr) {
+      void* allocated = nullptr;
+      const size_t floats = kWorkspaceFloats + packed_floats();
+      if (posix_memalign(&allocated, kWorkspaceAlignment, floats * sizeof(float)) != 0) return nullptr;
+      memory = static_cast<float*>(allocated);
+    }
+    workspace_ = Workspace{};
+    workspace_.memory = memory;
+    workspace_.packed_memory = memory + kWorkspaceFloats;
+    workspace_.blocks_per_head = 1;
+    std::fill(workspace_.packed, workspace_.packed + kMaxPackedBlocks, -1);
+    return &workspace_;
+  }
+
+ private:
+  Workspace workspace_;
 };
 
-// Memory for one tile, kept for the life of the thread: a tile is too short to allocate for.
-float* thread_workspace() {
-  static thread_local std::unique_ptr<float, Free> workspace;
-  if (workspace == nullptr) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, kWorkspaceAlignment, kWorkspaceFloats * sizeof(float)) != 0) return nullptr;
-    workspace.reset(static_cast<float*>(memory));
-  }
+// Kept for the life of the thread: a task is too short to allocate for.
+Workspace* thread_workspace() {
+  static thread_local ThreadWorkspace workspace;
   return workspace.get();
 }
 
@@ -70,9 +109,25 @@ std::vector<QueryTile> listed_tiles(const Call& call) {
   return tiles;
 }
 
-void run_tile(const Kernels& kernels, const Call& call, const Pass& pass, const QueryTile& tile, float* workspace) {
+void run_tile(const Kernels& kernels, const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace) {
   const bool few = tile.head_count * tile.query_count <= kFewRows;
   (few ? kernels.attend_few : kernels.attend_tile)(call, pass, tile, workspace);
+}
+
+// Blocks of keys that a tile of queries somewhere in the middle looks at, up to `most`.
+int64_t blocks_looked_at(const Plan& plan, const Schedule& schedule, int64_t queries, int64_t most) {
+  const Problem& problem = plan.call().problem;
+  const Pass& pass = *schedule.pass;
+  const Position keys = static_cast<Position>(problem.kv_len / pass.step);
+  const Position past = static_cast<Position>((problem.kv_len - problem.q_len) / pass.step);
+  const Position first = larger(0, static_cast<Position>(past + queries / 2) / kTileRows * kTileRows);
+  const Range tile_of_queries = {first, first + schedule.queries_per_tile};
+  const Scope scope = {static_cast<Position>(problem.kv_len), nullptr};
+  KeyTileIterator iterator = key_tiles(pass.pattern, tile_of_queries, {0, keys}, kKeyTile);
+  KeyTile tile;
+  int64_t count = 0;
+  while (count < most && next_tile(iterator, pass.pattern, scope, tile)) ++count;
+  return count;
 }
 
 }  // namespace
@@ -91,46 +146,71 @@ Schedule schedule_for(const Plan& plan, const Pass& pass) {
   schedule.heads_per_tile = static_cast<int32_t>(std::min<int64_t>(group, kTileRows / schedule.queries_per_tile));
   schedule.head_tiles = problem.kv_num_heads * divide_up(group, schedule.heads_per_tile);
   schedule.query_tiles = divide_up(queries + schedule.first_cut, schedule.queries_per_tile);
+
+  // One block more than a tile looks at, because the next tile leaves one and meets another.
+  const int64_t slots = std::min<int64_t>(kMaxPackedBlocks, packed_floats() / (2 * kKeyTile * problem.head_dim));
+  schedule.blocks_per_head =
+      static_cast<int32_t>(std::min(slots, blocks_looked_at(plan, schedule, queries, slots) + 1));
   // Short inputs are cut finer, so that every thread of a large machine gets something to do.
-  const int64_t enough_tasks = 8 * std::max(1u, std::thread::hardware_concurrency());
+  const int64_t enough_tasks = kTasksPerThread * std::max(1u, std::thread::hardware_concurrency());
   const int64_t tiles = problem.batch * schedule.subsequences * schedule.head_tiles * schedule.query_tiles;
-  schedule.tiles_per_task = static_cast<int32_t>(std::clamp<int64_t>(tiles / enough_tasks, 1, kMaxTilesPerTask));
-  schedule.query_tasks = divide_up(schedule.query_tiles, schedule.tiles_per_task);
-  schedule.pattern_tasks = problem.batch * schedule.query_tasks * schedule.subsequences * schedule.head_tiles;
+  const int64_t tiles_per_task = std::max<int64_t>(1, tiles / enough_tasks);
+  // Many heads take a task of many tiles, or too few query tiles would be left.
+  const int64_t wanted_heads = static_cast<int64_t>(std::sqrt(static_cast<double>(tiles_per_task) / 8));
+  const int64_t kept_heads = slots / schedule.blocks_per_head;
+  schedule.head_tiles_per_task = static_cast<int32_t>(
+      std::clamp<int64_t>(std::min({wanted_heads, kept_heads, schedule.head_tiles}), 1, kMaxHeadTilesPerTask));
+  const int64_t most_query_tiles =
+      std::clamp<int64_t>(tiles_per_task / schedule.head_tiles_per_task, 1, kMaxQueryTilesPerTask);
+  const int64_t query_tasks = divide_up(schedule.query_tiles, most_query_tiles);
+  schedule.query_tiles_per_task = static_cast<int32_t>(divide_up(schedule.query_tiles, query_tasks));
+  schedule.head_tasks = divide_up(schedule.head_tiles, schedule.head_tiles_per_task);
+  schedule.query_tasks = divide_up(schedule.query_tiles, schedule.query_tiles_per_task);
+  schedule.pattern_tasks = problem.batch * schedule.query_tasks * schedule.subsequences * schedule.head_tasks;
   if (!pass.continues) schedule.listed_tiles = listed_tiles(plan.call());
   return schedule;
 }
 
 bool run_task(const Plan& plan, const Schedule& schedule, const Kernels& kernels, int64_t task) {
-  float* workspace = thread_workspace();
+  Workspace* workspace = thread_workspace();
   if (workspace == nullptr) return false;
   // Listed rows see the most keys, so they come first: a long task at the end would keep the other threads waiting.
   const int64_t listed = static_cast<int64_t>(schedule.listed_tiles.size());
+  const Problem& problem = plan.call().problem;
+  const int64_t group = problem.num_heads / problem.kv_num_heads;
   if (task < listed) {
-    run_tile(kernels, plan.call(), plan.whole_rows_pass(), schedule.listed_tiles[task], workspace);
+    const QueryTile& tile = schedule.listed_tiles[task];
+    workspace->first_kv_head = tile.first_head / group;
+    run_tile(kernels, plan.call(), plan.whole_rows_pass(), tile, *workspace);
     return true;
   }
   task -= listed;
-  const Problem& problem = plan.call().problem;
-  const int64_t head_tile = task % schedule.head_tiles;
-  task /= schedule.head_tiles;
+  const int64_t first_head_tile = task % schedule.head_tasks * schedule.head_tiles_per_task;
+  const int64_t end_head_tile = std::min(first_head_tile + schedule.head_tiles_per_task, schedule.head_tiles);
+  task /= schedule.head_tasks;
   const int64_t subsequence = task % schedule.subsequences;
   task /= schedule.subsequences;
-  const int64_t first_query_tile = task % schedule.query_tasks * schedule.tiles_per_task;
-  const int64_t last_query_tile = std::min(first_query_tile + schedule.tiles_per_task, schedule.query_tiles);
+  const int64_t first_query_tile = task % schedule.query_tasks * schedule.query_tiles_per_task;
+  const int64_t end_query_tile = std::min(first_query_tile + schedule.query_tiles_per_task, schedule.query_tiles);
 
   QueryTile tile{};
   tile.subsequence = static_cast<Position>(subsequence);
   tile.batch_index = task / schedule.query_tasks;
-  take_heads(problem, schedule.heads_per_tile, head_tile, tile);
+  take_heads(problem, schedule.heads_per_tile, first_head_tile, tile);
+  workspace->first_kv_head = tile.first_head / group;
+  workspace->blocks_per_head = schedule.blocks_per_head;
+
   const int64_t queries = queries_of(problem, schedule, subsequence);
-  for (int64_t query_tile = first_query_tile; query_tile < last_query_tile; ++query_tile) {
+  for (int64_t query_tile = first_query_tile; query_tile < end_query_tile; ++query_tile) {
     const int64_t begin = query_tile * schedule.queries_per_tile - schedule.first_cut;
     const int64_t end = std::min<int64_t>(begin + schedule.queries_per_tile, queries);
     tile.first_query = static_cast<Position>(std::max<int64_t>(begin, 0));
     tile.query_count = static_cast<int32_t>(end - tile.first_query);
     if (tile.query_count <= 0) break;  // one query less than the first subsequence, and that one began a tile
-    run_tile(kernels, plan.call(), *schedule.pass, tile, workspace);
+    for (int64_t head_tile = first_head_tile; head_tile < end_head_tile; ++head_tile) {
+      take_heads(problem, schedule.heads_per_tile, head_tile, tile);
+      run_tile(kernels, plan.call(), *schedule.pass, tile, *workspace);
+    }
   }
   return true;
 }

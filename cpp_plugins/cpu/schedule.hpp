@@ -8,19 +8,22 @@
 
 namespace effc::cpu {
 
-// The work of one pass. A task is a few neighbouring query tiles of the same heads. Tasks are numbered with the heads
-// running fastest; behind them, in the first pass, come the tiles of listed rows, one task each.
+// The work of one pass. A task is a few neighbouring query tiles of a few neighbouring heads; within it the heads run
+// fastest. Behind the listed rows, each tile of which is a task of its own, come the tasks of the pattern.
 struct Schedule {
   const Pass* pass;
   Position subsequences;  // those that hold a query
   Position first_cut;     // queries that the first tile lacks, so that the others begin at multiples of their size
   int32_t heads_per_tile;
   int32_t queries_per_tile;
-  int32_t tiles_per_task;
   int64_t head_tiles;   // tiles that all heads are cut into
   int64_t query_tiles;  // tiles that the queries of a subsequence are cut into
-  int64_t query_tasks;  // tasks that those are dealt out to
+  int32_t head_tiles_per_task;
+  int32_t query_tiles_per_task;
+  int64_t head_tasks;   // tasks that head_tiles are dealt out to
+  int64_t query_tasks;  // and query_tiles
   int64_t pattern_tasks;
+  int32_t blocks_per_head;  // of keys and values to keep side by side
   std::vector<QueryTile> listed_tiles;
 
   int64_t tasks() const { return static_cast<int64_t>(listed_tiles.size()) + pattern_tasks; }

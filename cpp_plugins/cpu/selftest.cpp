@@ -5,6 +5,7 @@
 // Patterns: every range function is compared with `visible`, pair by pair. Kernels: random problems, on every
 // instruction set of this machine and on several threads, are compared with a plain double-precision loop. Tensors are
 // allocated to the exact size, so that the address sanitizer notices a read behind any end.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -17,6 +18,7 @@
 
 #include "cpu/dispatch.hpp"
 #include "cpu/schedule.hpp"
+#include "cpu/selftest_linear.hpp"
 #include "pattern/parse.hpp"
 
 namespace {
@@ -34,6 +36,7 @@ class Random {
   explicit Random(unsigned seed) : engine_(seed) {}
   int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine_); }
   float normal() { return std::normal_distribution<float>()(engine_); }
+  std::mt19937& engine() { return engine_; }
 
  private:
   std::mt19937 engine_;
@@ -176,7 +179,7 @@ void reference_row(const Problem& problem, const Pattern& pattern, int64_t batch
   log_sum_exp = largest + std::log(sum);
 }
 
-void check_output(const Problem& problem, const Pattern& pattern, const std::string& what) {
+void check_output(const Problem& problem, const Pattern& pattern, double tolerance, const std::string& what) {
   std::vector<double> expected;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t head = 0; head < problem.num_heads; ++head) {
@@ -186,19 +189,18 @@ void check_output(const Problem& problem, const Pattern& pattern, const std::str
         const float* output =
             problem.output + ((b * problem.q_len + row) * problem.num_heads + head) * problem.head_dim;
         for (int64_t d = 0; d < problem.head_dim; ++d) {
-          if (!(std::fabs(output[d] - expected[d]) < 1e-5)) fail(what + ": wrong output");
+          if (!(std::fabs(output[d] - expected[d]) < tolerance)) fail(what + ": wrong output");
         }
         const float actual = problem.log_sum_exp[(b * problem.num_heads + head) * problem.q_len + row];
-        const bool same = std::isinf(log_sum_exp) ? actual == log_sum_exp : std::fabs(actual - log_sum_exp) < 1e-5;
+        const bool same = std::isinf(log_sum_exp) ? actual == log_sum_exp : std::fabs(actual - log_sum_exp) < tolerance;
         if (!same) fail(what + ": wrong log-sum-exp");
       }
     }
   }
 }
 
-void run_on_threads(const Problem& problem, const SplitPattern& split, const Kernels& kernels, int count) {
-  const Plan plan(problem, split);
-  const bool enough_memory = run_plan(plan, kernels, [count](int64_t tasks, const std::function<void(int64_t)>& task) {
+ParallelFor on_threads(int count) {
+  return [count](int64_t tasks, const std::function<void(int64_t)>& task) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
       for (int64_t n = next++; n < tasks; n = next++) task(n);
@@ -206,8 +208,12 @@ void run_on_threads(const Problem& problem, const SplitPattern& split, const Ker
     std::vector<std::thread> threads;
     for (int t = 0; t < count; ++t) threads.emplace_back(work);
     for (std::thread& thread : threads) thread.join();
-  });
-  if (!enough_memory) fail("out of memory");
+  };
+}
+
+void run_on_threads(const Problem& problem, const SplitPattern& split, const Kernels& kernels, int count) {
+  const Plan plan(problem, split);
+  if (!run_plan(plan, kernels, on_threads(count))) fail("out of memory");
 }
 
 void check_kernels(const std::string& text, bool causal, const std::vector<const Kernels*>& all_kernels,
@@ -255,7 +261,9 @@ void check_kernels(const std::string& text, bool causal, const std::vector<const
     problem.output = output.get();
     problem.log_sum_exp = log_sum_exp.get();
     run_on_threads(problem, split, *kernels, random.between(1, 3));
-    check_output(problem, pattern, std::string(kernels->name) + " " + text + (causal ? " causal" : ""));
+    const std::string name = kernels->name;
+    const double tolerance = name == "avx512_bf16" || name == "avx512_amx" ? 0.05 : 1e-5;
+    check_output(problem, pattern, tolerance, std::string(kernels->name) + " " + text + (causal ? " causal" : ""));
   }
 }
 
@@ -264,8 +272,14 @@ std::vector<const Kernels*> kernels_of_this_machine() {
   for (const char* isa : {"portable", "avx2", "avx512"}) {
     setenv("EFFC_ISA", isa, 1);
     std::string problem;
-    const Kernels* kernels = choose_kernels(problem);
-    if (kernels != nullptr) result.push_back(kernels);
+    for (const char* amx : {"0", "1"}) {
+      setenv("EFFC_AMX", amx, 1);
+      for (const bool bf16 : {false, true}) {
+        const Kernels* kernels = choose_kernels(problem, bf16);
+        const bool known = std::find(result.begin(), result.end(), kernels) != result.end();
+        if (kernels != nullptr && !known) result.push_back(kernels);
+      }
+    }
   }
   return result;
 }
@@ -284,6 +298,8 @@ int main(int argc, char** argv) {
     if (!problem.empty()) fail(problem);
     for (int n = 0; n < 10; ++n) check_pattern(pattern, text, random.between(1, 300), random);
     check_kernels(text, causal, all_kernels, random);
+    const std::string linear = selftest::check_linear(all_kernels, on_threads(random.between(1, 3)), random.engine());
+    if (!linear.empty()) fail(linear);
   }
   // Whatever is written as a pattern is read or refused, never more.
   const std::string alphabet = "local:sinkbde|0123456789 -+#";

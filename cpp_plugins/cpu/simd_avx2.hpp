@@ -59,10 +59,12 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
   }
 
-  // to[c][r] = from[r][c] for an 8 x 8 block.
-  static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  // to[c][r] = from[r][c], times `factor` if kScales, for an 8 x 8 block.
+  template <bool kScales>
+  static void transpose(const float* from, int64_t from_stride, float factor, float* to, int64_t to_stride) {
     __m256 row[8], quad[8];
-    for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(from + r * from_stride);
+    for (int r = 0; r < 8; ++r) row[r] = load(from + r * from_stride);
+    for (int r = 0; kScales && r < 8; ++r) row[r] = mul(row[r], broadcast(factor));
     for (int g = 0; g < 8; g += 4) {
       const __m256 low_a = _mm256_unpacklo_ps(row[g], row[g + 1]), high_a = _mm256_unpackhi_ps(row[g], row[g + 1]);
       const __m256 low_b = _mm256_unpacklo_ps(row[g + 2], row[g + 3]);

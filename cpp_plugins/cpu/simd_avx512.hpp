@@ -44,10 +44,13 @@ struct Simd {
   // x * 2^floor(n).
   static Float scale_by_power(Float x, Float n) { return _mm512_scalef_ps(x, n); }
 
-  // to[c][r] = from[r][c] for a 16 x 16 block: pairs, quadruples, then 128-bit and 256-bit halves change places.
-  static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  // to[c][r] = from[r][c], times `factor` if kScales, for a 16 x 16 block: pairs, quadruples, then 128-bit and 256-bit
+  // halves change places.
+  template <bool kScales>
+  static void transpose(const float* from, int64_t from_stride, float factor, float* to, int64_t to_stride) {
     __m512 row[16], pair[16];
-    for (int r = 0; r < 16; ++r) row[r] = _mm512_loadu_ps(from + r * from_stride);
+    for (int r = 0; r < 16; ++r)
+      row[r] = _mm512_mul_ps(_mm512_loadu_ps(from + r * from_stride), _mm512_set1_ps(factor));
     for (int r = 0; r < 16; r += 2) {
       pair[r] = _mm512_unpacklo_ps(row[r], row[r + 1]);
       pair[r + 1] = _mm512_unpackhi_ps(row[r], row[r + 1]);

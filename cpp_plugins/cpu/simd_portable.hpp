@@ -61,10 +61,14 @@ struct Simd {
     return as_float((Mask)((Bits)as_bits(x) + exponent));
   }
 
-  // to[c][r] = from[r][c] for a 4 x 4 block.
-  static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  // to[c][r] = from[r][c], times `factor` if kScales, for a 4 x 4 block.
+  template <bool kScales>
+  static void transpose(const float* from, int64_t from_stride, float factor, float* to, int64_t to_stride) {
     for (int c = 0; c < kWidth; ++c) {
-      for (int r = 0; r < kWidth; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+      for (int r = 0; r < kWidth; ++r) {
+        const float x = from[r * from_stride + c];
+        to[c * to_stride + r] = kScales ? x * factor : x;
+      }
     }
   }
 

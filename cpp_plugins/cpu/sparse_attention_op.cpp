@@ -40,7 +40,8 @@ class SparseAttentionKernel {
   SparseAttentionKernel(const ort::Api& api, const ort::KernelInfo* info)
       : api_(api), attributes_(read_attributes(api, info)), split_(split_pattern(read_pattern(attributes_))) {
     std::string problem;
-    kernels_ = choose_kernels(problem);
+    const bool bf16 = bf16_allowed(attributes_.precision, problem);
+    if (problem.empty()) kernels_ = choose_kernels(problem, bf16);
     if (kernels_ == nullptr) refuse(problem);
   }
 

@@ -262,55 +262,85 @@ EFFC_HD uint64_t drawing_queries(const Term& term, const Scope& scope, bool caus
   return bits;
 }
 
+// Sets bit r of seen[n] where query r of `queries` sees key n of `keys` through `term`.
+EFFC_HD void add_visible_queries(const Term& term, const Scope& scope, bool causal, const Progression& queries,
+                                 const Progression& keys, uint64_t* seen) {
+  switch (term.kind) {
+    case TermKind::kBand:
+      if (term.step == 1 && queries.step == 1 && keys.step == 1) {
+        const Position first_distance = keys.first - queries.first;
+        for (Position n = 0; n < keys.count; ++n) {
+          const Position distance = first_distance + n;
+          seen[n] |= low_bits(smaller(distance + term.left + 1, queries.count)) & ~low_bits(distance - term.right);
+        }
+        return;
+      }
+      for (Position n = 0; n < keys.count; ++n) seen[n] |= band_queries(term, queries, keys.first + n * keys.step);
+      return;
+    case TermKind::kBlocks: {
+      Range begun = {-1, -1};  // the block of the last key
+      uint64_t bits = 0;
+      for (Position n = 0; n < keys.count; ++n) {
+        const Position j = keys.first + n * keys.step;
+        if (j < begun.begin || j >= begun.end) {
+          const Position block = j / term.block;
+          begun = {block * term.block, (block + 1) * term.block};
+          bits = queries_in(queries, {(block - term.reach) * term.block, (block + term.reach + 1) * term.block});
+        }
+        seen[n] |= bits;
+      }
+      return;
+    }
+    case TermKind::kRandom: {
+      Position drawn_for = -1;
+      uint64_t bits = 0;
+      for (Position n = 0; n < keys.count; ++n) {
+        const Position block = (keys.first + n * keys.step) / kRandomBlock;
+        if (block != drawn_for) bits = drawing_queries(term, scope, causal, queries, block);
+        drawn_for = block;
+        seen[n] |= bits;
+      }
+      return;
+    }
+    case TermKind::kFirstKeys: {
+      const uint64_t every_query = low_bits(queries.count);
+      const Position end = smaller(steps_below(keys, term.count), keys.count);
+      for (Position n = 0; n < end; ++n) seen[n] |= every_query;
+      return;
+    }
+    case TermKind::kFirstQueries: {
+      const uint64_t bits = queries_in(queries, {0, term.count});
+      for (Position n = 0; n < keys.count; ++n) seen[n] |= bits;
+      return;
+    }
+    case TermKind::kMarked: {
+      uint64_t bits = 0;
+      for (Position r = 0; r < queries.count; ++r) {
+        if (marked(scope, queries.first + r * queries.step)) bits |= uint64_t{1} << r;
+      }
+      const uint64_t every_query = low_bits(queries.count);
+      for (Position n = 0; n < keys.count; ++n) {
+        seen[n] |= marked(scope, keys.first + n * keys.step) ? every_query : bits;
+      }
+      return;
+    }
+  }
+}
+
 // Bit r of seen[n] becomes: query r of `queries` (at most 64) sees key n of `keys`.
 EFFC_HD void visible_queries(const Pattern& pattern, const Scope& scope, const Progression& queries,
                              const Progression& keys, uint64_t* seen) {
   for (Position n = 0; n < keys.count; ++n) seen[n] = 0;
   for (int t = 0; t < pattern.term_count; ++t) {
-    const Term& term = pattern.terms[t];
-    Position drawn_for = -1;  // key block of `drawing`
-    uint64_t drawing = 0;
-    uint64_t marked_queries = 0;
-    if (term.kind == TermKind::kMarked) {
-      for (Position r = 0; r < queries.count; ++r) {
-        if (marked(scope, queries.first + r * queries.step)) marked_queries |= uint64_t{1} << r;
-      }
-    }
-    for (Position n = 0; n < keys.count; ++n) {
-      const Position j = keys.first + n * keys.step;
-      switch (term.kind) {
-        case TermKind::kBand:
-          seen[n] |= band_queries(term, queries, j);
-          break;
-        case TermKind::kBlocks:
-          seen[n] |= queries_in(
-              queries, {(j / term.block - term.reach) * term.block, (j / term.block + term.reach + 1) * term.block});
-          break;
-        case TermKind::kRandom:
-          if (j / kRandomBlock != drawn_for) {
-            drawn_for = j / kRandomBlock;
-            drawing = drawing_queries(term, scope, pattern.causal, queries, drawn_for);
-          }
-          seen[n] |= drawing;
-          break;
-        case TermKind::kFirstKeys:
-          seen[n] |= j < term.count ? low_bits(queries.count) : 0;
-          break;
-        case TermKind::kFirstQueries:
-          seen[n] |= queries_in(queries, {0, term.count});
-          break;
-        case TermKind::kMarked:
-          seen[n] |= marked(scope, j) ? low_bits(queries.count) : marked_queries;
-          break;
-      }
-    }
+    add_visible_queries(pattern.terms[t], scope, pattern.causal, queries, keys, seen);
   }
-  if (!pattern.causal) return;
+  if (!pattern.causal || keys.first + (keys.count - 1) * keys.step <= queries.first) return;
   for (Position n = 0; n < keys.count; ++n) seen[n] &= ~low_bits(steps_below(queries, keys.first + n * keys.step));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The iterator: for a tile of queries, the key tiles that are fully visible and those that need the predicate.
+// The iterator: for a tile of queries, the key tiles that are fully visible and those that need the predicate. No key
+// tile spans a multiple of the tile size, so that tiles of neighbouring queries meet the same ones.
 
 struct KeyTile {
   Range keys;
@@ -358,7 +388,7 @@ EFFC_HD Range next_range(const KeyTileIterator& iterator, const Pattern& pattern
 EFFC_HD bool next_tile(KeyTileIterator& iterator, const Pattern& pattern, const Scope& scope, KeyTile& tile) {
   const Range range = next_range(iterator, pattern, scope);
   if (is_empty(range)) return false;
-  tile.keys = {range.begin, smaller(range.end, range.begin + iterator.tile_size)};
+  tile.keys = {range.begin, smaller(range.end, (range.begin / iterator.tile_size + 1) * iterator.tile_size)};
   tile.full = sees_all(pattern, scope, iterator.queries, tile.keys);
   iterator.left.begin = tile.keys.end;
   iterator.seen_until = range.end;

@@ -1,8 +1,8 @@
 """Facts on the machine at hand, and how much of it this process may use.
 
 A container sees all cores of its host, so CPU affinity and cgroup limits are read too: more threads than that only
-wait for each other. Needs nothing but the standard library and pydantic, since :func:`effc.load` asks it for the
-number of threads.
+wait for each other. Needs nothing but the standard library, since :func:`effc.load` and models inside a Triton server
+ask it for the number of threads.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 # Flag as /proc/cpuinfo spells it -> name shown. Those that decide which int8, bf16 and fp32 kernels can run.
 ISA_FLAGS = {
@@ -38,7 +37,8 @@ ISA_FLAGS = {
 }
 
 
-class Machine(BaseModel):
+@dataclass(frozen=True)
+class Machine:
     """What a timing was measured on.
 
     Attributes:
@@ -51,8 +51,6 @@ class Machine(BaseModel):
         usable_cores: what is left for computing threads, see :func:`usable_cores`.
         memory_gib: memory of the machine or, where smaller, of the cgroup; None where unknown.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cpu: str
     architecture: str

@@ -1,13 +1,15 @@
 """Where effc's native kernels are and which of them this machine would run.
 
 The kernels live in one shared library of ONNX Runtime custom operators. A session that registers it runs
-``effc::SparseAttention`` natively; without it the same model runs through the operators' function bodies::
+``effc::SparseAttention`` and ``effc::LinearAttention`` natively; without it the same model runs through the operators'
+function bodies::
 
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(effc.native_library())
 
 Environment variables: ``EFFC_NATIVE=0`` pretends that there is no library, ``EFFC_NATIVE_LIBRARY`` names another file,
-and ``EFFC_ISA`` (``avx512``, ``avx2``, ``portable``) forces one instruction set.
+``EFFC_ISA`` (``avx512``, ``avx2``, ``portable``) forces one instruction set. ``EFFC_PRECISION=bf16`` allows products of
+bfloat16 numbers in sparse attention where the CPU has them, and ``EFFC_AMX=0`` leaves AMX out of that.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         native.native_library()
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "portable"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_amx", "avx512_bf16", "portable"])
 def test_kernels_share_no_code_between_instruction_sets(library: Path, isa: str) -> None:
     """A function that the linker may merge with another file's would be run on CPUs it was not compiled for."""
     objects = list(library.parent.glob(f"CMakeFiles/effc_kernels.dir/cpp_plugins/cpu/attention_{isa}.cpp.o"))

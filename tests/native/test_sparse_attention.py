@@ -166,6 +166,11 @@ def test_not_a_number_is_not_hidden(library: Path, isa: str, q_len: int) -> None
     assert np.isfinite(output[0, 0, 32:]).all() and np.isfinite(output[0, 1:]).all(), "and no other"
 
 
+@pytest.mark.parametrize("pattern", ["local:16|global:40", "global:100"])
+def test_whole_rows_of_many_heads(library: Path, isa: str, pattern: str) -> None:
+    check(library, Case(pattern, q_len=130, num_heads=70, head_dim=64))
+
+
 def test_empty_batch(library: Path) -> None:
     assert run(library, Case(batch=0))[0].shape == (0, 64, 64)
 
