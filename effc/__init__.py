@@ -17,18 +17,28 @@ if TYPE_CHECKING:
     from effc.compiler.attention_pictures import attention_picture as attention_picture
     from effc.compiler.attention_search import search_attention as search_attention
     from effc.compiler.bench import bench as bench
+    from effc.compiler.distill import Distilled as Distilled
+    from effc.compiler.distill import distill as distill
     from effc.compiler.pipeline import Artifact as Artifact
     from effc.compiler.pipeline import compile as compile
+    from effc.compiler.pruned_checkpoint import load_checkpoint as load_checkpoint
     from effc.compiler.runtime import CompiledModel as CompiledModel
     from effc.compiler.runtime import load as load
     from effc.compiler.verify import verify as verify
     from effc.plugins.native import native_library as native_library
+    from effc.serving.load_test import load_test as load_test
+    from effc.serving.options import ServingOptions as ServingOptions
+    from effc.serving.repository import write_repository as write_repository
+    from effc.serving.serve import serve as serve
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Artifact": "effc.compiler.pipeline",
     "compile": "effc.compiler.pipeline",
+    "distill": "effc.compiler.distill",
+    "Distilled": "effc.compiler.distill",
+    "load_checkpoint": "effc.compiler.pruned_checkpoint",
     "CompiledModel": "effc.compiler.runtime",
     "load": "effc.compiler.runtime",
     "attention_forms": "effc.compiler.attention_pictures",
@@ -38,6 +48,10 @@ _EXPORTS = {
     "verify": "effc.compiler.verify",
     "bench": "effc.compiler.bench",
     "native_library": "effc.plugins.native",
+    "load_test": "effc.serving.load_test",
+    "ServingOptions": "effc.serving.options",
+    "write_repository": "effc.serving.repository",
+    "serve": "effc.serving.serve",
 }
 
 

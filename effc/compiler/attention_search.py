@@ -100,6 +100,7 @@ def search(
     key = cache_key(
         version=SEARCH_VERSION,
         fingerprint=source.located.fingerprint,
+        weights=source.weights,
         task=source.task.name,
         attention=settings.model_dump(mode="json"),
         max_length=source.max_length,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -134,7 +134,7 @@ def bench(
         break_even_length=break_even({int(key): value for key, value in speedup.items()}),
         dense_form=profiled["dense"].metadata.get(DENSE_FORM_KEY) or attention_summary(profiled["dense"].events),
         kernels=attention_kernels(events, manifest.attention) | linear_kernels(events),
-        machine=describe_machine().model_dump(mode="json"),
+        machine=asdict(describe_machine()),
     )
 
 

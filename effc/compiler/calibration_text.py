@@ -61,16 +61,26 @@ def calibration_text(recipe: Recipe, source: SourceModel, purpose: str) -> Calib
         )
     if data is None:
         raise DataError(f"{purpose} measures on text, and none is given.", "Give some with --data or --calibration.")
-    samples = read_samples(data)
-    if recipe.verify.data is not None and Path(data) == Path(recipe.verify.data):
-        verified = set(read_samples(data, recipe.verify.samples))
-        others = [sample for sample in samples if sample not in verified]
-        samples = others if len(others) >= settings.samples else samples
+    samples = unverified(recipe, data, settings.samples)
     limit = min(settings.max_length, source.max_length or settings.max_length)
     samples = _longest(_drawn(samples, _DRAWN * settings.samples), settings.samples)
     batches = list(tokenize(samples, source.processor, limit, _BATCH, "np", input_names(source)))
     lengths = [int(count) for batch in batches for count in batch["attention_mask"].sum(axis=1)]
     return CalibrationText(str(data), samples, batches, limit, max(lengths), sum(lengths))
+
+
+def unverified(recipe: Recipe, data: str, enough: int) -> list[Sample]:
+    """The texts of a file, without those that quality is verified on where it has ``enough`` others.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    samples = read_samples(data)
+    if recipe.verify.data is None or Path(data) != Path(recipe.verify.data):
+        return samples
+    verified = set(read_samples(data, recipe.verify.samples))
+    others = [sample for sample in samples if sample not in verified]
+    return others if len(others) >= enough else samples
 
 
 def names_text(recipe: Recipe, source: SourceModel) -> bool:

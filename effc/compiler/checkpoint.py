@@ -18,6 +18,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+STRUCTURE_FILE = "effc_structure.json"
+"""What the config of a pruned checkpoint cannot say; see ``effc.compiler.structure``."""
 _FOREIGN_WEIGHTS = {
     "tf_model.h5": "TensorFlow",
     "flax_model.msgpack": "Flax",
@@ -44,6 +46,11 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         f"There are no weights in '{directory}': none of {', '.join(WEIGHT_FILES)}.{found}",
         "Download the checkpoint in full, or save it with save_pretrained.",
     )
+
+
+def has_structure(directory: Path) -> bool:
+    """Whether a checkpoint is one that effc pruned to shapes which transformers cannot build alone."""
+    return (directory / STRUCTURE_FILE).is_file()
 
 
 def check_whole(files: Iterable[Path]) -> None:

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effc import __version__
+from effc.compiler.cache import cache_directory
 from effc.compiler.machine import Machine, describe_machine
 from effc.errors import MissingDependencyError
 from effc.plugins import native
@@ -400,12 +401,11 @@ def _triton_server() -> Check:
         group="Serve",
         status="ok",
         purpose="serves artifacts",
-        command="docker pull nvcr.io/nvidia/tritonserver:24.10-py3",
+        command="effc serve --install-server",
     )
     places = [Path("/opt/tritonserver/bin/tritonserver")]
-    pytriton = find_spec("pytriton") if _installed("pytriton") else None
-    if pytriton is not None and pytriton.origin:
-        places.append(Path(pytriton.origin).parent / "tritonserver/bin/tritonserver")
+    # The packaged server, which `effc serve --install-server` puts into an environment of its own.
+    places += (cache_directory() / "servers").glob("*/venv/lib/*/site-packages/pytriton/tritonserver/bin/tritonserver")
     on_path = shutil.which("tritonserver")
     binary = Path(on_path) if on_path else next((place for place in places if place.exists()), None)
     if binary is None:

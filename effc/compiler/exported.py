@@ -52,6 +52,7 @@ def export_key(source: SourceModel, layers: list[AttentionLayer]) -> str:
         fingerprint=source.located.fingerprint,
         task=source.task.name,
         attention=[layer.model_dump(mode="json") for layer in layers],
+        weights=source.weights,
         positions=None if source.positions is None else source.positions.model_dump(mode="json"),
         parameters=_parameters(source.model),
         fusion=FuseOnnxRuntime().identity(),

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from effc.compiler.generation_memory import Memory
-from effc.compiler.manifest import GenerationRecord, Manifest
 from effc.compiler.sampling import Sampler, SamplingSettings
 from effc.errors import EffcError, UsageError
 from effc.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from effc.compiler.manifest import GenerationRecord, Manifest
 
 # Where the model's positions have no bound, a text must end somewhere.
 _NEW_TOKENS = 256
@@ -110,7 +112,7 @@ class Generator:
         """Run the prompt; logits of what follows it, ``[batch, vocabulary]``."""
         if memory.tokens.shape[1] == 1:
             return self._run_step(memory, memory.last_feeds())
-        outputs = self._run(memory.tokens, memory.mask, _positions(memory.mask), memory.prompt_feeds())
+        outputs = self.run(memory.tokens, memory.mask, _positions(memory.mask), memory.prompt_feeds())
         memory.keep_prompt(outputs)
         return _last(outputs)
 
@@ -120,11 +122,20 @@ class Generator:
 
     def _run_step(self, memory: Memory, feeds: dict[str, Any]) -> NDArray[np.float32]:
         places = memory.mask.sum(axis=1, keepdims=True, dtype=np.int64) - 1
-        outputs = self._run(memory.tokens[:, -1:], np.ones_like(memory.mask[:, -1:]), places, feeds)
+        outputs = self.run(memory.tokens[:, -1:], np.ones_like(memory.mask[:, -1:]), places, feeds)
         memory.keep_step(outputs)
         return _last(outputs)
 
-    def _run(self, tokens: Tokens, mask: Mask, positions: Tokens, caches: dict[str, Any]) -> dict[str, Any]:
+    def run(self, tokens: Tokens, mask: Mask, positions: Tokens, caches: dict[str, Any]) -> dict[str, Any]:
+        """Run the graph once; its outputs by name.
+
+        Args:
+            tokens, mask, positions: ``[batch, length]``; left out where the graph does not take them.
+            caches: all that the graph takes beside them.
+
+        Raises:
+            EffcError: if ONNX Runtime fails.
+        """
         feeds = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
         feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self._inputs}
         try:

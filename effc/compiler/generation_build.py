@@ -36,7 +36,9 @@ from effc.exporters.generation_graph import CachedLayer, CacheGroup, add_caches
 from effc.exporters.generation_weights import save_sharing_weights
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
-from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.quantize import quantize
+from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins.caches import OrderedCache, SlotCache, StateCache
 
@@ -59,16 +61,20 @@ def add_generation(
     calibration: Sequence[Batch] | None,
     exported: Path,
     directory: Path,
+    schemes: Schemes | None = None,
+    remembered: Remembered | None = None,
 ) -> tuple[GenerationRecord, OutputDeviation, bool]:
     """Put the generating graph beside the forward graph of an artifact.
 
     Args:
         source: its attention assigned by the rewrite pass.
         layers: what that pass found.
-        quantization: settings of INT8, or None.
+        quantization: settings, or None.
         calibration: the batches that the forward graph was calibrated with, or None.
         exported: the exported forward graph, unfused and in fp32.
         directory: holds the finished ``model.onnx``.
+        schemes: the mode of every layer, where a search has chosen it.
+        remembered: what quantizing the forward graph has found.
 
     Returns:
         the record for ``effc.json``, how far the finished graph is from torch with the same attention, and whether
@@ -82,9 +88,8 @@ def add_generation(
     keep_last_position(graph.graph)
     FuseOnnxRuntime().run(graph)
     if quantization is not None:
-        quantizer = QuantizeInt8(quantization, None if calibration is None else list(_with_positions(calibration)))
-        quantizer.run(graph)
-        quantizer.ensures(graph)
+        given = None if calibration is None else list(_with_positions(calibration))
+        quantize(graph, quantization, given, schemes, remembered)
     groups, cached_layers = add_caches(graph)
     path = directory / GENERATION_NAME
     shared = save_sharing_weights(graph, path, directory / MODEL_NAME)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effc.compiler.manifest import CachedLayerRecord, CacheGroupRecord, GenerationRecord
 from effc.plugins.caches import SlotCache, visible_slots
 from effc.plugins.forms.registry import parse_pattern
+
+if TYPE_CHECKING:
+    from effc.compiler.manifest import CachedLayerRecord, CacheGroupRecord, GenerationRecord
 
 HIDDEN = np.float32(-1e30)
 # Caches without a bound grow by this many slots: rarely enough for the copy, and few enough to be read for nothing.
@@ -45,6 +48,10 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes that all caches hold."""
         return sum(part.nbytes for part in self._parts)
+
+    def arrays(self) -> dict[str, Array]:
+        """All caches by the names of the graph's inputs, ``[batch, ...]``; those of slots may have room to spare."""
+        return {name: array for part in self._parts for name, array in part.arrays.items()}
 
     def prompt_feeds(self) -> Feeds:
         """The caches' inputs of a run over the whole prompt."""

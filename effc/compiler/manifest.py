@@ -90,6 +90,34 @@ class PositionsRecord(Record):
     formula: str | None = None
 
 
+class VocabularyRecord(Record):
+    """A pruned vocabulary. ``file`` lists the source model's id of every token, in the order of the new ids."""
+
+    file: str
+    tokens: int
+    source_tokens: int
+
+
+class CompressionRecord(Record):
+    """What pruning and factorization left of the weights. ``nonzero`` does not count weights that were set to zero."""
+
+    steps: list[str]
+    parameters: int
+    nonzero: int
+    notes: list[str] = Field(default_factory=list)
+    vocabulary: VocabularyRecord | None = None
+
+
+class CheckpointRecord(Record):
+    """The checkpoint beside the graph. ``plain`` says whether transformers alone can load it; ``reason`` why not."""
+
+    directory: str
+    plain: bool
+    architecture: str
+    reason: str | None = None
+    relative_error: float
+
+
 class TensorRecord(Record):
     """An input or output of the graph. Symbolic dimensions are strings, ``batch`` and ``sequence`` for tokens.
 
@@ -249,6 +277,44 @@ class AttentionSearch(Record):
         return {layer.layer: layer.chosen for layer in self.layers}
 
 
+class QuantizedLayer(Record):
+    """Layers that read the same value, and what was measured when it was chosen whether to quantize them.
+
+    ``error`` and ``drop`` are the relative error of the model's output and the quality lost when they alone are
+    quantized, ``speedup`` is that of one of them alone against fp32; None where it was not measured. ``reason`` says
+    why they stay in fp32.
+    """
+
+    layer: str
+    layers: list[str]
+    quantized: bool
+    reason: str | None = None
+    error: float | None = None
+    drop: float | None = None
+    speedup: float | None = None
+
+
+class QuantizationSearch(Record):
+    """How the layers to quantize were chosen: ``drop`` is what the whole choice loses, against ``budget``."""
+
+    request: str
+    mode: str
+    budget: float
+    data: str
+    samples: int
+    tokens: int
+    layers: list[QuantizedLayer]
+    drop: float
+    drop_name: str
+    output_error: float
+    met: bool
+    seconds: float
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        """Mode and reason of every layer that stays in fp32."""
+        return {name: ("none", unit.reason or "") for unit in self.layers if not unit.quantized for name in unit.layers}
+
+
 class Manifest(Record):
     """The whole of ``effc.json``."""
 
@@ -260,10 +326,14 @@ class Manifest(Record):
     recipe: dict[str, Any]
     toolchain: dict[str, str]
     export_key: str
+    twin_key: str | None = None
     passes: list[PassRecord]
     attention: list[AttentionLayer]
     positions: PositionsRecord | None = None
+    compression: CompressionRecord | None = None
+    checkpoint: CheckpointRecord | None = None
     attention_search: AttentionSearch | None = None
+    quantization_search: QuantizationSearch | None = None
     inputs: list[TensorRecord]
     outputs: list[TensorRecord]
     files: dict[str, FileRecord]

@@ -130,9 +130,15 @@ def pool(hidden: Array, mask: Array | None = None) -> NDArray[np.float64]:
     return np.asarray(np.where(weight > 0, values, 0.0).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0))
 
 
-def pooled_cosines(reference: Array, candidate: Array, mask: Array | None = None) -> NDArray[np.float64]:
-    """Per sample, the cosine of the mean-pooled embeddings, ``[batch]``. 0 where the candidate is not finite."""
-    expected, actual = pool(reference, mask), pool(candidate, mask)
+def pooled_cosines(
+    reference: Array, candidate: Array, mask: Array | None = None, candidate_mask: Array | None = None
+) -> NDArray[np.float64]:
+    """Per sample, the cosine of the mean-pooled embeddings, ``[batch]``. 0 where the candidate is not finite.
+
+    Args:
+        candidate_mask: the candidate's real tokens, where they are others than the reference's.
+    """
+    expected, actual = pool(reference, mask), pool(candidate, mask if candidate_mask is None else candidate_mask)
     finite = np.isfinite(actual).all(axis=1)
     result = np.zeros(len(expected))
     result[finite] = _cosines(expected[finite], actual[finite])

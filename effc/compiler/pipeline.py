@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,10 +22,11 @@ from effc.compiler.artifact import check_output, record_files, staged, write_man
 from effc.compiler.attention_search import SEARCH_VERSION, needs_search, resolved, search
 from effc.compiler.bench import bench, choose_lengths
 from effc.compiler.calibrate_forms import calibrate_forms
-from effc.compiler.data import read_samples, tokenize
+from effc.compiler.calibration_data import CalibrationData
+from effc.compiler.compress import Compression, Probe, compresses, run_torch
 from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
 from effc.compiler.generation_build import GENERATION_VERSION, add_generation
-from effc.compiler.inputs import graph_inputs, input_names, ragged_inputs, token_mask
+from effc.compiler.inputs import graph_inputs, ragged_inputs, token_mask
 from effc.compiler.manifest import (
     AttentionLayer,
     AttentionSearch,
@@ -40,11 +41,16 @@ from effc.compiler.manifest import (
 )
 from effc.compiler.metrics import compare_outputs
 from effc.compiler.positions import extend_positions, thin_positions
+from effc.compiler.pruned_checkpoint import check_savable, save_checkpoint
+from effc.compiler.quantization_search import CHOOSE, CHOOSE_VERSION, choose_quantization
 from effc.compiler.recipe import Recipe, build_recipe, default_output, load_recipe, merge
+from effc.compiler.recover import RECOVER, RECOVER_VERSION, Recovery, recover
 from effc.compiler.recovery import refuse_untrained
 from effc.compiler.runtime import MODEL_NAME
+from effc.compiler.sentence_transformers import copy_modules
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.toolchain import toolchain
+from effc.compiler.twin import dense_twin
 from effc.compiler.verify import verify
 from effc.errors import EffcError, OutputError, PassFailedError, PreconditionError, RequirementError, UsageError
 from effc.exporters.onnx_graph import save_onnx
@@ -53,7 +59,9 @@ from effc.passes.base import PassResult
 from effc.passes.extend_positions import ExtendPositions
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.observed_attention import ObservedAttention
-from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.quantize import quantizing_passes
+from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_schemes import Schemes
 from effc.passes.rewrite_attention import RewriteAttention, describe
 from effc.passes.sparse_positions import SparsePositions
 from effc.plugins.function_body import OPSET
@@ -98,6 +106,8 @@ def compile(
     output: str | Path | None = None,
     attention: str | Mapping[str, Any] | None = None,
     quantization: str | Mapping[str, Any] | None = None,
+    prune: str | Sequence[str | Mapping[str, Any]] | None = None,
+    low_rank: float | str | Mapping[str, Any] | None = None,
     target: str | None = None,
     task: str | None = None,
     revision: str | None = None,
@@ -105,6 +115,7 @@ def compile(
     overwrite: bool = False,
     check: bool = False,
     progress: Progress | None = None,
+    calibration: Iterable[Any] | None = None,
     **sections: Mapping[str, Any],
 ) -> Artifact:
     """Compile a Hugging Face model into an artifact directory.
@@ -113,7 +124,9 @@ def compile(
         model: local directory, GGUF file or hub name.
         output: the directory to make; ``<model name>.effc`` in the working directory when None.
         attention: pattern text such as ``local:256``, or the recipe's section.
-        quantization: ``none``, ``int8``, or the recipe's section.
+        quantization: ``none``, ``int8`` or another mode, or the recipe's section.
+        prune: texts such as ``heads:0.25`` and ``2:4``, or the recipe's list.
+        low_rank: ``0.5`` (share of parameters), ``rank:64``, ``energy:0.95``, or the recipe's section.
         target: what the artifact runs on.
         task: detected from the config when None.
         revision: branch, tag or commit on the hub.
@@ -121,6 +134,8 @@ def compile(
         overwrite: replace an artifact that is already at ``output``.
         check: raise :class:`RequirementError` if a requirement is missed; the artifact stays.
         progress: told of every step.
+        calibration: what activations are calibrated on, in place of the recipe's file: any iterable of texts, rows such
+            as ``{"text": "..."}``, or inputs of the model by name.
         sections: further recipe sections, such as ``bench={"enabled": False}``.
 
     Raises:
@@ -130,11 +145,16 @@ def compile(
     flags: dict[str, Any] = {key: dict(value) for key, value in sections.items()}
     spec = {"path": str(model) if model is not None else None, "task": task, "revision": revision}
     flags["model"] = {key: value for key, value in spec.items() if value is not None}
-    for key, value in (("attention", attention), ("quantization", quantization), ("target", target)):
-        if value is not None:
-            flags[key] = value
+    given = {"attention": attention, "quantization": quantization, "prune": prune, "low_rank": low_rank}
+    flags |= {key: value for key, value in {**given, "target": target}.items() if value is not None}
     whole = _whole_recipe(recipe, flags)
-    artifact = run(whole, Path(output or default_output(whole)), overwrite=overwrite, progress=progress)
+    artifact = run(
+        whole,
+        Path(output or default_output(whole)),
+        overwrite=overwrite,
+        progress=progress,
+        calibration_items=calibration,
+    )
     if check and artifact.unmet:
         raise RequirementError(" ".join(artifact.unmet), f"The artifact is at '{artifact.path}'.")
     return artifact
@@ -172,6 +192,11 @@ class _Log:
             ) from error
         self._done += 1
 
+    def tell(self, what: str) -> None:
+        """Tell of something within the step that runs."""
+        if self._progress:
+            self._progress(what, self._done, self.steps)
+
     def add(self, name: str, version: int, started: float, result: PassResult[Any], cached: bool = False) -> PassRecord:
         """Record a finished pass."""
         record = PassRecord(
@@ -188,30 +213,61 @@ class _Log:
         return record
 
 
-def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Artifact:
+def run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    calibration_items: Iterable[Any] | None = None,
+) -> Artifact:
     """Compile as the recipe says; see :func:`compile`."""
     check_output(output, overwrite)
     if recipe.require.min_speedup is not None and not recipe.bench.enabled:
         raise UsageError("A minimum speed-up is required but speed is not measured.", "Leave --no-bench out.")
-    quantize = recipe.quantization.mode != "none"
-    log = _Log(6 + quantize + recipe.bench.enabled + needs_search(recipe.attention), progress)
+    quantize = recipe.quantization.active
+    log = _Log(
+        6
+        + len(list(quantizing_passes(recipe.quantization, None)))
+        + recipe.bench.enabled
+        + needs_search(recipe.attention),
+        progress,
+    )
+    data = CalibrationData(recipe, calibration_items) if quantize else None
     with log.step("load"):
         source = load(locate(recipe.model))
     generates = recipe.generation.enabled and source.task.name == "causal-lm"
     log.steps += generates
-    calibration = _calibration(recipe, source) if quantize else None
+    if recipe.checkpoint.enabled:
+        check_savable(source)
+    calibration = None if data is None else data.batches(source)
+    recovery = Recovery.read(recipe, source) if recipe.recover.enabled else None
+    log.steps += recovery is not None
     probe = ragged_inputs(source, _probe_lengths(source))
     mask = token_mask(probe)
     mask = None if mask is None else mask.numpy()
-    untouched = _run_torch(source, probe)
+    untouched = run_torch(source, probe)
 
+    compression = None
+    if compresses(recipe):
+        compression = Compression(source, recipe, Probe(probe, untouched), log.tell)
+        log.steps += len(compression.steps)
+        for asked in compression.steps:
+            with log.step(compression.name(asked)):
+                started = time.perf_counter()
+                compressed = compression.run(asked)
+                record = log.add(compression.name(asked), compression.version(asked), started, compressed)
+                record.probe = compression.deviation()
+        probe, untouched, mask = dict(compression.probe.inputs), compression.probe.untouched, compression.probe.mask
+        if compression.kept_tokens is not None and data is not None:
+            calibration = data.batches(source)
     if recipe.positions.max_length is not None:
         log.steps += 1
         with log.step(ExtendPositions.name):
             started = time.perf_counter()
             extended = extend_positions(source, recipe.positions, recipe.attention)
             record = log.add(ExtendPositions.name, ExtendPositions.version, started, extended)
-            record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
+            record.probe = compare_outputs(untouched, run_torch(source, probe), mask)
     attention, observed, found = recipe.attention, observe_attention(source), None
     if needs_search(attention):
         with log.step("choose-attention"):
@@ -220,11 +276,11 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
     with log.step(RewriteAttention.name):
         started = time.perf_counter()
         rewritten = rewrite(source, attention, observed)
-        if found is None:
+        if found is None and recovery is None:
             refuse_untrained(source, observed, recipe)
         rewritten.result.metrics.update(calibrate_forms(source, observed, recipe))
         record = log.add(RewriteAttention.name, RewriteAttention.version, started, rewritten.result)
-        record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
+        record.probe = compare_outputs(untouched, run_torch(source, probe), mask)
     layers = rewritten.layers
     if recipe.positions.sparse:
         log.steps += 1
@@ -232,7 +288,15 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
             started = time.perf_counter()
             thinned = thin_positions(source, recipe.positions, layers)
             record = log.add(SparsePositions.name, SparsePositions.version, started, thinned)
-            record.probe = compare_outputs(untouched, _run_torch(source, probe), mask)
+            record.probe = compare_outputs(untouched, run_torch(source, probe), mask)
+
+    if recovery is not None:
+        with log.step(RECOVER):
+            started = time.perf_counter()
+            kept_tokens = None if compression is None else compression.kept_tokens
+            recovered, hit = recover(recovery, source, observed, layers, kept_tokens, progress)
+            record = log.add(RECOVER, RECOVER_VERSION, started, recovered, cached=hit)
+            record.probe = compare_outputs(untouched, run_torch(source, probe), mask)
 
     with log.step("export"):
         started = time.perf_counter()
@@ -249,21 +313,34 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
             save_onnx(graph, path)
             record = log.add(FuseOnnxRuntime.name, FuseOnnxRuntime.version, started, fused)
             record.probe = _probe_graph(path, probe, untouched, mask)
-        if quantize:
-            with log.step(QuantizeInt8.name):
+        schemes, remembered, selection = Schemes(recipe.quantization), Remembered(), None
+        if recipe.quantization.budget is not None:
+            log.steps += 1
+            with log.step(CHOOSE):
+                started = time.perf_counter()
+                selection, result = choose_quantization(source, recipe, path, calibration, remembered, log.tell)
+                schemes = Schemes(recipe.quantization, selection.reasons())
+                log.add(CHOOSE, CHOOSE_VERSION, started, result)
+        for quantizer in quantizing_passes(recipe.quantization, calibration, schemes, remembered) if quantize else ():
+            with log.step(quantizer.name):
                 started = time.perf_counter()
                 graph = ir.load(str(path))
-                quantizer = QuantizeInt8(recipe.quantization, calibration)
                 quantized = quantizer.run(graph)
                 quantizer.ensures(graph)
                 _replace(graph, path)
-                record = log.add(QuantizeInt8.name, QuantizeInt8.version, started, quantized)
+                record = log.add(quantizer.name, quantizer.version, started, quantized)
                 record.probe = _probe_graph(path, probe, untouched, mask)
         generation = None
         if generates:
             with log.step("generation"):
-                generation = _generation(source, layers, recipe, calibration, exported, staging, log)
+                given = (schemes, remembered)
+                generation = _generation(source, layers, recipe, calibration, exported, staging, log, given)
         _save_source_files(source, staging)
+        checkpoint = None
+        if recipe.checkpoint.enabled:
+            log.steps += 1
+            with log.step("checkpoint"):
+                checkpoint = save_checkpoint(source, staging, probe)
         manifest = Manifest(
             effc_version=__version__,
             created=datetime.now(UTC),
@@ -275,7 +352,10 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Prog
             passes=log.records,
             attention=layers,
             attention_search=found,
+            quantization_search=selection,
             positions=source.positions,
+            compression=None if compression is None else compression.record(staging),
+            checkpoint=checkpoint,
             inputs=graph_inputs(source),
             outputs=_output_records(path),
             files=record_files(staging),
@@ -301,12 +381,13 @@ def _generation(
     exported: Path,
     staging: Path,
     log: _Log,
+    quantized: tuple[Schemes, Remembered],
 ) -> GenerationRecord | None:
     """Make the generating graph; a model that cannot generate from caches is compiled without one, and told so."""
     started = time.perf_counter()
-    quantization = recipe.quantization if recipe.quantization.mode != "none" else None
+    quantization = recipe.quantization if recipe.quantization.active else None
     try:
-        record, proof, hit = add_generation(source, layers, quantization, calibration, exported, staging)
+        record, proof, hit = add_generation(source, layers, quantization, calibration, exported, staging, *quantized)
     except PreconditionError as error:
         result: PassResult[Any] = PassResult(None, False, skipped=[(type(source.model).__name__, error.problem)])
         log.add("generation", GENERATION_VERSION, started, result)
@@ -358,22 +439,6 @@ def _probe_lengths(source: SourceModel) -> tuple[int, ...]:
     return tuple(min(length, limit) for length in _PROBE_LENGTHS)
 
 
-def _calibration(recipe: Recipe, source: SourceModel) -> list[dict[str, NDArray[Any]]] | None:
-    """Tokenized calibration batches, or None where none are given. Read early, so that bad data fails early."""
-    settings = recipe.quantization.calibration
-    if settings.data is None:
-        return None
-    samples = read_samples(settings.data, settings.samples)
-    length = min(settings.max_length, source.max_length or settings.max_length)
-    return list(tokenize(samples, source.processor, length, input_names=input_names(source)))
-
-
-def _run_torch(source: SourceModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
-    with torch.no_grad():
-        outputs = source.model(**inputs)
-    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-
-
 def _probe_graph(
     path: Path, inputs: Mapping[str, torch.Tensor], reference: Mapping[str, NDArray[Any]], mask: NDArray[Any] | None
 ) -> dict[str, OutputDeviation]:
@@ -408,6 +473,7 @@ def _save_source_files(source: SourceModel, directory: Path) -> None:
     source.config.save_pretrained(directory)
     if source.processor is not None:
         source.processor.save_pretrained(directory)
+    copy_modules(source.located.directory, directory)
 
 
 def _output_records(path: Path) -> list[TensorRecord]:
@@ -435,7 +501,11 @@ def _bench(
         with observed.using({}):
             return export_now(source)
 
-    twin = twin_of(exported, key, manifest.attention, dense_export)
+    if source.weights is not None:
+        # The model in memory is no longer the one to compare with.
+        twin = dense_twin(manifest, trust_remote_code=recipe.model.trust_remote_code)
+    else:
+        twin = twin_of(exported, key, manifest.attention, dense_export)
     lengths = list(recipe.bench.lengths) or choose_lengths(manifest, None)[:_QUICK_LENGTHS]
     return bench(staging, lengths=lengths, batch=recipe.bench.batch, rounds=recipe.bench.rounds, twin=twin)
 
@@ -444,6 +514,9 @@ def _unmet(recipe: Recipe, manifest: Manifest, rewritten: Rewritten) -> Iterator
     if rewritten.unwanted and not recipe.attention.allow_partial:
         layers = "; ".join(f"{layer} ({reason})" for layer, reason in rewritten.unwanted[:5])
         yield f"{len(rewritten.unwanted)} attention modules could not be rewritten: {layers}."
+    chosen = manifest.quantization_search
+    if chosen is not None and not chosen.met:
+        yield f"The quality drop of {chosen.request} ({chosen.drop_name}) is {chosen.drop:.4f}, above its budget."
     if recipe.require.min_speedup is not None and manifest.benchmark is not None:
         longest = str(max(manifest.benchmark.lengths))
         reached = manifest.benchmark.speedup[longest]

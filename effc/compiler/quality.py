@@ -58,8 +58,12 @@ class Quality(ABC):
         return batch
 
     @abstractmethod
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
-        """Add one batch: the prepared inputs, and what each model made of them."""
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
+        """Add one batch: the prepared inputs, and what each model made of them.
+
+        Args:
+            own: the same samples as the compiled model was given them, where its vocabulary is another.
+        """
 
     @abstractmethod
     def score(self) -> Score:
@@ -72,9 +76,10 @@ class EmbeddingQuality(Quality):
     def __init__(self) -> None:
         self._cosines: list[float] = []
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         name = "last_hidden_state"
-        self._cosines += pooled_cosines(source[name], compiled[name], batch.get("attention_mask")).tolist()
+        masks = batch.get("attention_mask"), (own or batch).get("attention_mask")
+        self._cosines += pooled_cosines(source[name], compiled[name], *masks).tolist()
 
     def score(self) -> Score:
         mean = sum(self._cosines) / len(self._cosines)
@@ -89,7 +94,7 @@ class CosineQuality(Quality):
     def __init__(self) -> None:
         self._sum = DeviationSum(logits=True)
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         self._sum.update(source["logits"], compiled["logits"], token_mask(batch))
 
     def score(self) -> Score:
@@ -102,7 +107,7 @@ class RegressionQuality(Quality):
     def __init__(self) -> None:
         self._sum = DeviationSum()
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         self._sum.update(source["logits"], compiled["logits"])
 
     def score(self) -> Score:
@@ -120,7 +125,7 @@ class ClassQuality(Quality):
         self._labels = None if labels is None else np.asarray(labels)
         self._predictions: tuple[list[int], list[int]] = ([], [])
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         for predictions, outputs in zip(self._predictions, (source, compiled), strict=True):
             predictions += predicted(outputs["logits"]).tolist()
 
@@ -149,7 +154,7 @@ class TokenClassQuality(Quality):
         self._next = 0
         self._found: tuple[list[int], list[int], list[int]] = ([], [], [])
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         real = batch["attention_mask"] != 0
         right = np.zeros(real.shape, dtype=np.int64)
         if self._labels is not None:
@@ -168,18 +173,19 @@ class TokenClassQuality(Quality):
 
 
 class PerplexityQuality(Quality):
-    """Perplexity of next-token predictions on the texts themselves."""
+    """Perplexity of next-token predictions on the texts themselves, per token of the source model."""
 
     def __init__(self) -> None:
         self._loss = [0.0, 0.0]
         self._tokens = 0
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
-        mask = batch["attention_mask"] != 0
-        predicted_tokens = mask[:, 1:] & mask[:, :-1]
-        targets = batch["input_ids"][:, 1:][predicted_tokens]
-        self._tokens += len(targets)
-        for index, outputs in enumerate((source, compiled)):
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
+        for index, (inputs, outputs) in enumerate(((batch, source), (own or batch, compiled))):
+            mask = inputs["attention_mask"] != 0
+            predicted_tokens = mask[:, 1:] & mask[:, :-1]
+            targets = inputs["input_ids"][:, 1:][predicted_tokens]
+            # Texts, not tokens, are what both models are asked about: one may cut them into more tokens.
+            self._tokens += len(targets) if index == 0 else 0
             self._loss[index] += float(token_losses(outputs["logits"][:, :-1][predicted_tokens], targets).sum())
 
     def score(self) -> Score:
@@ -215,7 +221,7 @@ class MaskedQuality(Quality):
         self._right = tokens[self._chosen]
         return {**batch, "input_ids": np.where(self._chosen, self._mask_token, tokens)}
 
-    def update(self, batch: Batch, source: Outputs, compiled: Outputs) -> None:
+    def update(self, batch: Batch, source: Outputs, compiled: Outputs, own: Batch | None = None) -> None:
         guesses = (predicted(outputs["logits"][self._chosen]) for outputs in (source, compiled))
         for found, array in zip(self._found, (*guesses, self._right), strict=True):
             found += array.tolist()

@@ -5,9 +5,9 @@ Flags and the Python API build one; ``recipe.yaml`` holds one. Unknown keys are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -15,7 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
 from effc.passes.attention_settings import AttentionSection
+from effc.passes.distill_settings import RecoverSection
+from effc.passes.low_rank_settings import LowRankSection, parse_low_rank
 from effc.passes.positions_settings import PositionsSection
+from effc.passes.prune_settings import PruneSection
 from effc.passes.quantize_settings import CalibrationSection as CalibrationSection
 from effc.passes.quantize_settings import QuantizationSection
 from effc.suggest import did_you_mean
@@ -75,6 +78,12 @@ class GenerationSection(Section):
     enabled: bool = Field(True, description="make the graph that effc.load(...).generate() runs")
 
 
+class CheckpointSection(Section):
+    """Whether the model is also written as transformers reads it."""
+
+    enabled: bool = Field(False, description="write OUT/checkpoint, to train or use without ONNX")
+
+
 class RequirementSection(Section):
     """What the result must reach, or the exit code is 1."""
 
@@ -94,9 +103,13 @@ class Recipe(Section):
     model: Annotated[ModelSection, _shorthand("path")] = ModelSection()
     attention: Annotated[AttentionSection, _shorthand("pattern")] = AttentionSection()
     positions: PositionsSection = PositionsSection()
+    prune: PruneSection = ()
+    low_rank: Annotated[LowRankSection | None, BeforeValidator(parse_low_rank)] = None
+    recover: RecoverSection = RecoverSection()
     quantization: Annotated[QuantizationSection, _shorthand("mode")] = QuantizationSection()
     target: str = Field("onnxruntime", description="what the artifact runs on")
     generation: GenerationSection = GenerationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
     require: RequirementSection = RequirementSection()
@@ -154,7 +167,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with the values of ``over`` on top, section by section; shorthands on either side are understood."""
-    shorthand = {"model": "path", "attention": "pattern", "quantization": "mode"}
+    shorthand = {"model": "path", "attention": "pattern", "quantization": "mode", "recover": "budget"}
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
@@ -181,7 +194,15 @@ def _explain(error: ValidationError, origin: str) -> tuple[str, str]:
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        if isinstance(part, int):
+            continue
+        section = next(_sections(section.model_fields[part].annotation), section)
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type speaks of, itself or inside: ``Section | None``, ``tuple[Section, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)

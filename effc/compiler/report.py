@@ -19,8 +19,18 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from effc.compiler import report_plots as plots
-from effc.compiler.manifest import AttentionLayer, BenchRecord, FileRecord, Manifest, PassRecord, Timing, VerifyRecord
+from effc.compiler.manifest import (
+    AttentionLayer,
+    BenchRecord,
+    CompressionRecord,
+    FileRecord,
+    Manifest,
+    PassRecord,
+    Timing,
+    VerifyRecord,
+)
 from effc.compiler.recipe import build_recipe
+from effc.compiler.recovery_plot import recovery_curves, recovery_record
 from effc.errors import EffcError, OutputError
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.registry import parse_form
@@ -39,12 +49,18 @@ LIST_LIMIT = 300  # names per expandable list; effc.json has them all
 FLAGS = {
     "attention.pattern": "--attn",
     "attention.force": "--force",
+    "prune": "--prune",
+    "low_rank": "--low-rank",
     "quantization.mode": "--quant",
+    "quantization.smoothing": "--quant-smoothing",
+    "quantization.activations": "--quant-activations",
+    "quantization.weights.method": "--quant-weights",
     "target": "--target",
     "model.task": "--task",
     "model.revision": "--revision",
     "quantization.calibration.data": "--calibration",
     "verify.data": "--data",
+    "checkpoint.enabled": "--checkpoint",
     "require.min_speedup": "--require-speedup",
     "require.max_quality_drop": "--max-quality-drop",
 }
@@ -114,6 +130,9 @@ def render_report(manifest: Manifest) -> str:
         patterns=picture_patterns(manifest),
         sensitivity_figure=None if search is None else plots.sensitivity(search, layer_numbers(manifest.attention)),
         layer_numbers=layer_numbers(manifest.attention),
+        recovery=recovery_record(manifest.passes),
+        recovery_curves=recovery_curves,
+        quantization_figure=plots.quantization(manifest.quantization_search) if manifest.quantization_search else None,
         slowest_pass=max((p.seconds for p in manifest.passes), default=0.0),
         quantizing=[p for p in manifest.passes if "quant" in p.name],
         reasons=lambda p: Counter(skip.reason for skip in p.skipped).most_common(),
@@ -213,6 +232,17 @@ def explain(manifest: Manifest) -> list[str]:
             f"{found.longest:,} tokens: {number(found.error)} {found.error_name}, for {found.cost_share:.1%} of the "
             f"arithmetic of the model's own attention at {found.target_length:,} tokens."
         )
+    if compression := manifest.compression:
+        result.append(compression_sentence(compression, manifest.source.parameters))
+        result += compression.notes
+    if (checkpoint := manifest.checkpoint) and checkpoint.reason:
+        result.append(f"transformers alone cannot load {checkpoint.directory}/: {checkpoint.reason}.")
+    if selected := manifest.quantization_search:
+        taken, groups = sum(unit.quantized for unit in selected.layers), len(selected.layers)
+        result.append(
+            f"{selected.request} quantized {taken} of {groups} groups of layers to {selected.mode}: "
+            f"{number(selected.drop)} {selected.drop_name}, against a budget of {selected.budget:g}."
+        )
     if kept := [layer for layer in manifest.attention if not layer.rewritten]:
         reasons = Counter(layer.reason or "no reason was recorded" for layer in kept).most_common()
         listed = "; ".join(f"{reason} ({_layers(count)})" for reason, count in reasons[:4])
@@ -224,6 +254,16 @@ def explain(manifest: Manifest) -> list[str]:
         if wall is not None and (wall < 1) != (cpu < 1):
             result.append(f"The wall clock says otherwise, {times(wall)}: the machine was busy or threads stood idle.")
     return result
+
+
+def compression_sentence(compression: CompressionRecord, before: int) -> str:
+    """What pruning and factorization left of the weights and the vocabulary."""
+    left = f"{compression.parameters / before:.1%} of {before:,} weights"
+    zeros = compression.parameters - compression.nonzero
+    sparse = f", {zeros / compression.parameters:.1%} of those zero" if zeros else ""
+    vocabulary = compression.vocabulary
+    words = f" and {vocabulary.tokens:,} of {vocabulary.source_tokens:,} tokens" if vocabulary else ""
+    return f"{', '.join(compression.steps)} left {left}{sparse}{words}."
 
 
 def break_even_sentence(bench: BenchRecord) -> str:
@@ -256,14 +296,21 @@ def weakest_output(verification: VerifyRecord) -> str | None:
 
 def command_line(recipe: Mapping[str, Any], source: str) -> str:
     """The ``effc compile`` command that gives this recipe; ``--recipe`` appears only where a flag does not suffice."""
-    given, defaults = _flat(_joined_assignment(recipe)), _flat(build_recipe({}).model_dump(mode="json"))
+    given, defaults = (
+        _flat(_shortened_weights(_joined_assignment(recipe))),
+        _flat(build_recipe({}).model_dump(mode="json")),
+    )
     flags, rest = [], False
     for key, value in given.items():
         if key == "model.path" or (value == defaults.get(key) and key not in ALWAYS_SHOWN):
             continue
-        if key in FLAGS and value is True:
+        if key == "low_rank" and value is None:
+            continue
+        if key == "prune" and all(isinstance(step, str) for step in value):
+            flags += [f"{FLAGS[key]}={shlex.quote(step)}" for step in value]
+        elif key in FLAGS and key != "prune" and value is True:
             flags.append(FLAGS[key])
-        elif key in FLAGS:
+        elif key in FLAGS and key != "prune":
             flags.append(f"{FLAGS[key]}={shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
         else:
             rest = True
@@ -280,6 +327,19 @@ def _joined_assignment(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if layers:
         attention["pattern"] = ",".join([attention.get("pattern", "dense"), *(f"{k}={v}" for k, v in layers.items())])
     return {**recipe, "attention": attention}
+
+
+def _shortened_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with ``prune`` and ``low_rank`` as the texts that flags take, where those say all of it."""
+    result = dict(recipe)
+    if steps := recipe.get("prune"):
+        asked = build_recipe({"prune": steps}).prune
+        texts = [step.text for step in asked]
+        result["prune"] = texts if build_recipe({"prune": texts}).prune == asked else steps
+    if budget := build_recipe({"low_rank": recipe.get("low_rank")}).low_rank:
+        same = build_recipe({"low_rank": budget.text}).low_rank == budget
+        result["low_rank"] = budget.text if same else recipe["low_rank"]
+    return result
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from effc.compiler.manifest import AttentionSearch, BenchRecord, OutputDeviation, PassRecord, Timing
+from effc.compiler.manifest import AttentionSearch, BenchRecord, OutputDeviation, PassRecord, QuantizationSearch, Timing
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.heads import HeadForms
 from effc.plugins.pattern import Pattern
@@ -94,7 +94,7 @@ def latency(bench: BenchRecord) -> Markup | None:
     axes.grid(True, axis="y")
     if bench.break_even_length is not None and lengths[0] <= bench.break_even_length <= lengths[-1]:
         _mark_break_even(axes, bench.break_even_length, lengths)
-    return _svg(figure, "CPU time per run over sequence length, dense against compiled")
+    return as_svg(figure, "CPU time per run over sequence length, dense against compiled")
 
 
 def speedup(bench: BenchRecord, required: float | None) -> Markup:
@@ -115,7 +115,7 @@ def speedup(bench: BenchRecord, required: float | None) -> Markup:
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.grid(True, axis="y")
-    return _svg(figure, "Speed-up per sequence length; below 1 is slower than dense")
+    return as_svg(figure, "Speed-up per sequence length; below 1 is slower than dense")
 
 
 def memory(bench: BenchRecord) -> Markup:
@@ -132,7 +132,7 @@ def memory(bench: BenchRecord) -> Markup:
     axes.set_ylabel("peak memory, MiB")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(True, axis="y")
-    return _svg(figure, "Peak resident memory per sequence length, dense against compiled")
+    return as_svg(figure, "Peak resident memory per sequence length, dense against compiled")
 
 
 def probe_series(passes: Sequence[PassRecord]) -> list[tuple[str, list[OutputDeviation | None]]]:
@@ -184,7 +184,31 @@ def probe(passes: Sequence[PassRecord]) -> Markup | None:
             axes.set_xlabel(label)
             axes.grid(True)
         panels[0].set_yticks(rows, [_shorten(p.name) for p in probed])
-        return _svg(figure, "Deviation from the untouched model after each pass")
+        return as_svg(figure, "Deviation from the untouched model after each pass")
+
+
+def quantization(search: QuantizationSearch) -> Markup | None:
+    """A bar for each group of layers: relative error of the output when it alone is quantized; those that stay in fp32
+    are pale. None where nothing was measured."""
+    measured = [(number, unit) for number, unit in enumerate(search.layers) if unit.error]
+    if not measured:
+        return None
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "quantization"}):
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for quantized, colour, label in ((True, COMPILED, "quantized"), (False, LOSS, "kept in fp32")):
+            bars = [(number, unit.error) for number, unit in measured if unit.quantized == quantized]
+            if bars:
+                places, errors = zip(*bars, strict=True)
+                axes.bar(places, errors, color=colour, width=0.8, linewidth=0, label=label)
+        axes.set_yscale("log")
+        axes.set_xlabel("layers, from input to output")
+        axes.set_ylabel("relative error alone")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(True, axis="y")
+        axes.legend(frameon=False, fontsize=8.5)
+        return as_svg(figure, "Relative error of the output when one group of layers alone is quantized")
 
 
 def sensitivity(search: AttentionSearch, numbers: dict[str, int]) -> Markup:
@@ -223,7 +247,7 @@ def sensitivity(search: AttentionSearch, numbers: dict[str, int]) -> Markup:
             axes.set_xlabel("key/value head")
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
-        return _svg(figure, "Sensitivity of every layer to every choice, chosen ones framed")
+        return as_svg(figure, "Sensitivity of every layer to every choice, chosen ones framed")
 
 
 def visibility(form: AttentionForm, causal: bool, length: int) -> tuple[str, int, int] | None:
@@ -284,7 +308,7 @@ def _canvas(salt: str) -> tuple[Figure, Axes]:
         return figure, figure.subplots()
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def as_svg(figure: Figure, label: str) -> Markup:
     """The figure as an ``<svg>`` element without XML header, metadata, namespaces or a fixed size."""
     file = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):

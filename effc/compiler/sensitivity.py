@@ -70,7 +70,7 @@ def measure_effects(
     Args:
         progress: called after every run of a batch.
     """
-    runs = [_Run(source, texts) for _ in variants]
+    runs = [EffectSum(source, texts) for _ in variants]
     changed = [[layer for layer in observed.layers if layer.name in variant] for variant in variants]
     model = torch_runner(source)
     for batch in texts.batches:
@@ -125,7 +125,7 @@ class _Ratio:
         return value if math.isfinite(value) else 0.0
 
 
-class _Run:
+class EffectSum:
     """What is summed up over the batches of one variant."""
 
     def __init__(self, source: SourceModel, texts: CalibrationText):

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effc.compiler.checkpoint import CONFIG_FILE, check_whole, damaged, fingerprint, read_json, weight_files
+from effc.compiler.checkpoint import (
+    CONFIG_FILE,
+    check_whole,
+    damaged,
+    fingerprint,
+    has_structure,
+    read_json,
+    weight_files,
+)
 from effc.compiler.hub import download, is_hub_name
 from effc.compiler.manifest import PositionsRecord, SourceRecord
 from effc.compiler.recipe import ModelSection
@@ -107,6 +115,7 @@ class SourceModel:
         parameters: number of distinct weights.
         warnings: what is unusual about the checkpoint, as full sentences.
         positions: how positions were extended and thinned out since it was loaded, None if they were not.
+        weights: a hash of the weights if passes changed them since it was loaded, else None.
     """
 
     located: Located
@@ -118,6 +127,7 @@ class SourceModel:
     parameters: int
     warnings: list[str] = field(default_factory=list)
     positions: PositionsRecord | None = None
+    weights: str | None = None
 
     def record(self) -> SourceRecord:
         """The source as ``effc.json`` tells of it."""
@@ -180,7 +190,7 @@ def load(located: Located) -> SourceModel:
         SourceModelError: if weights are damaged, missing, of the wrong shape or not finite.
         MissingDependencyError: if reading this kind of checkpoint needs a package that is not installed.
     """
-    with _quiet():
+    with quiet():
         model, info = _load_weights(located)
         notes: list[str] = []
         if located.config.is_encoder_decoder and located.task.name != "seq2seq-lm":
@@ -306,7 +316,7 @@ def _checked_config(directory: Path) -> dict[str, Any]:
 def _read_config(path: Path, kind: Kind, spec: ModelSection) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    with _quiet(), _explained(path):
+    with quiet(), _explained(path):
         if kind == "gguf":
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
@@ -335,6 +345,10 @@ def _load_weights(located: Located) -> tuple[PreTrainedModel, dict[str, Any]]:
         arguments["trust_remote_code"] = located.spec.trust_remote_code
     model: PreTrainedModel
     info: dict[str, Any]
+    if has_structure(located.directory):
+        from effc.compiler.pruned_checkpoint import load_checkpoint
+
+        return load_checkpoint(located.directory), {"missing_keys": set(), "unexpected_keys": set()}
     with _explained(located.path):
         model, info = auto_class.from_pretrained(
             located.directory, dtype=torch.float32, output_loading_info=True, weights_only=True, **arguments
@@ -503,7 +517,7 @@ def _explain(error: Exception, path: Path, what: str) -> SourceModelError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings: what matters is raised or kept in ``SourceModel.warnings``."""
     import transformers
 

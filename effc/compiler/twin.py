@@ -9,16 +9,19 @@ from effc.compiler.manifest import Manifest
 from effc.compiler.runtime import MODEL_NAME
 
 
-def dense_twin(manifest: Manifest) -> Path:
+def dense_twin(manifest: Manifest, *, trust_remote_code: bool = False) -> Path:
     """Path of the twin's ``.onnx`` file.
+
+    Args:
+        trust_remote_code: run code that the source checkpoint brings along.
 
     Raises:
         SourceModelError: if it is not cached and the source model is no longer where it was, or has changed.
     """
-    path = cache_directory() / "twin" / manifest.export_key / MODEL_NAME
+    path = cache_directory() / "twin" / (manifest.twin_key or manifest.export_key) / MODEL_NAME
     if path.is_file():
         return path
-    from effc.compiler.exported import export_now, exported_graph, twin_of
+    from effc.compiler.exported import export_key, export_now, exported_graph, twin_of
     from effc.compiler.pipeline import rewrite
     from effc.compiler.positions import repeat_positions
     from effc.compiler.recipe import build_recipe
@@ -28,7 +31,7 @@ def dense_twin(manifest: Manifest) -> Path:
 
     recipe = build_recipe(manifest.recipe, origin="effc.json")
     # Code from a checkpoint runs only where the user says so in this very call.
-    spec = recipe.model.model_copy(update={"trust_remote_code": False})
+    spec = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
     located = locate(spec)
     if located.fingerprint != manifest.source.fingerprint:
         raise SourceModelError(
@@ -40,4 +43,7 @@ def dense_twin(manifest: Manifest) -> Path:
     # The twin has the source's attention, so that it does not matter which form the artifact has.
     layers = rewrite(source, AttentionSection()).layers
     exported, _ = exported_graph(source, layers)
-    return twin_of(exported, manifest.export_key, layers, lambda: export_now(source))
+    if manifest.compression is not None:
+        # Every compression of a source model is compared with the same twin.
+        manifest.twin_key = export_key(source, layers)
+    return twin_of(exported, manifest.twin_key or manifest.export_key, layers, lambda: export_now(source))

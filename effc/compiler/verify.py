@@ -37,10 +37,12 @@ from effc.compiler.quality import (
 )
 from effc.compiler.recipe import ModelSection, VerifySection
 from effc.compiler.source import Located, SourceModel, load, locate
+from effc.compiler.vocabulary import load_vocabulary
 from effc.errors import DataError, SourceModelError
 
 if TYPE_CHECKING:
     from effc.compiler.runtime import CompiledModel
+    from effc.compiler.verify_vocabulary import OwnTokens
 
 Array = NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -100,8 +102,11 @@ def verify(
         SourceModelError: if the source model is missing, or is another than the artifact was compiled from.
         DataError: if the data is missing or does not fit the model.
     """
+    from transformers import AutoTokenizer
+
     from effc.compiler.runtime import CompiledModel
     from effc.compiler.runtime import load as load_artifact
+    from effc.compiler.verify_vocabulary import POSITIONAL, OwnTokens, split_texts, with_left_tokens
 
     compiled = artifact if isinstance(artifact, CompiledModel) else load_artifact(artifact)
     manifest = compiled.manifest
@@ -116,15 +121,32 @@ def verify(
     limit = limit if model.max_length is None else min(limit, model.max_length)
     batch_size = batch_size or _batch_size(model, limit)
     quality = choose_quality(model, texts, limit, seed)
+    source_ids = load_vocabulary(compiled.path, manifest)
+    tokenizer, own, same, read_otherwise = None, None, None, None
+    if source_ids is not None and texts is not None:
+        tokenizer = AutoTokenizer.from_pretrained(compiled.path)
+        same, others = split_texts(texts, model, tokenizer, source_ids, limit)
+        read_otherwise = len(others)
+        if isinstance(quality, POSITIONAL):
+            # Where no text is left as it was, random tokens of the new vocabulary are.
+            texts, data = (same, data) if same else (None, None)
+            quality = choose_quality(model, texts, limit, seed)
     batches: Iterable[Mapping[str, Array]]
     if texts is None:
         batches, total = random_batches(model, count, limit, batch_size, seed), count
+        if source_ids is not None:
+            batches, own = with_left_tokens(batches, model, source_ids), OwnTokens(source_ids)
     else:
-        batches, total = tokenize(texts, model.processor, limit, batch_size, "np", input_names(model)), len(texts)
-    result = compare(torch_runner(model), _compiled_runner(compiled), batches, quality, progress, total)
+        names = input_names(model)
+        batches, total = tokenize(texts, model.processor, limit, batch_size, "np", names), len(texts)
+        if source_ids is not None:
+            own = OwnTokens(source_ids, tokenize(texts, tokenizer, limit, batch_size, "np", names))
+    result = compare(torch_runner(model), _compiled_runner(compiled), batches, quality, progress, total, own)
     from effc.compiler.verify_extended import reaches_beyond, verify_extended
 
-    extended = verify_extended(model, compiled, texts, seed) if reaches_beyond(manifest, model) else None
+    extended = None
+    if reaches_beyond(manifest, model):
+        extended = verify_extended(model, compiled, texts if same is None else same or None, seed, source_ids)
     return VerifyRecord(
         data=f"random {'tokens' if model.task.modality == 'text' else model.task.modality}"
         if data is None
@@ -139,6 +161,7 @@ def verify(
             "max_length": limit if model.task.modality == "text" else None,
             "batch_size": batch_size,
             "seed": seed,
+            **({} if read_otherwise is None else {"texts_cut_otherwise": read_otherwise}),
             "source": str(located.path),
             "seconds_source": round(result.seconds[0], 3),
             "seconds_compiled": round(result.seconds[1], 3),
@@ -154,6 +177,7 @@ def compare(
     quality: Quality,
     progress: Progress | None = None,
     total: int = 0,
+    own: OwnTokens | None = None,
 ) -> Comparison:
     """Run two models on the same batches; only real tokens count.
 
@@ -162,6 +186,7 @@ def compare(
         batches: inputs by name, in the order of the samples that ``quality`` has labels of.
         quality: the task metric, see :func:`choose_quality`.
         progress: called with (samples done, ``total``).
+        own: the candidate's inputs, where its vocabulary is another.
 
     Raises:
         ValueError: if the two share no output, or an output's shape differs.
@@ -170,17 +195,23 @@ def compare(
     done = tokens = 0
     seconds = [0.0, 0.0]
     for batch in batches:
+        original = batch
         batch = quality.prepare(batch)
+        given = batch if own is None else own.inputs(original, batch)
         start = time.perf_counter()
         expected = reference(batch)
         middle = time.perf_counter()
-        actual = candidate(batch)
+        actual = candidate(given)
         seconds[0] += middle - start
         seconds[1] += time.perf_counter() - middle
         mask = token_mask(batch)
         for name in shared_outputs(expected, actual):
-            sums.setdefault(name, DeviationSum(logits=name == "logits")).update(expected[name], actual[name], mask)
-        quality.update(batch, expected, actual)
+            parts = [(expected[name], actual[name], mask)]
+            for part in parts if own is None else own.comparable(name, original, given, expected, actual):
+                sums.setdefault(name, DeviationSum(logits=name == "logits")).update(*part)
+        if own is not None:
+            expected, actual = own.for_quality(quality, expected, actual)
+        quality.update(batch, expected, actual, given)
         done += len(next(iter(batch.values())))
         tokens += 0 if mask is None else int((mask != 0).sum())
         if progress:

@@ -19,6 +19,7 @@ from effc.compiler.manifest import ExtendedRecord, Manifest
 from effc.compiler.positions import repeat_positions
 from effc.compiler.source import SourceModel
 from effc.compiler.verify import choose_quality, compare, torch_runner
+from effc.compiler.verify_vocabulary import OwnTokens, with_left_tokens
 from effc.passes.positions_settings import PositionsSection
 
 if TYPE_CHECKING:
@@ -38,13 +39,18 @@ def reaches_beyond(manifest: Manifest, source: SourceModel) -> bool:
 
 
 def verify_extended(
-    source: SourceModel, compiled: CompiledModel, texts: Sequence[Sample] | None, seed: int
+    source: SourceModel,
+    compiled: CompiledModel,
+    texts: Sequence[Sample] | None,
+    seed: int,
+    source_ids: Sequence[int] | None = None,
 ) -> ExtendedRecord | None:
     """Compare at the longest length that the texts give; None if no text is longer than the source model takes.
 
     Args:
         source: loaded untouched; its positions are extended here.
         texts: random tokens of the artifact's full length if None.
+        source_ids: the source's id of each token, where the vocabulary was pruned; ``texts`` hold those alone.
     """
     manifest, trained = compiled.manifest, source.max_length or 0
     repeat_positions(source, PositionsSection.model_validate(manifest.recipe["positions"]), manifest, thin=False)
@@ -52,17 +58,21 @@ def verify_extended(
     assert limit is not None
     batches: list[Mapping[str, NDArray[Any]]]
     if texts is None:
-        batches = list(random_batches(source, _SAMPLES // 2, limit, 1, seed))
+        drawn: Iterable[Mapping[str, NDArray[Any]]] = random_batches(source, _SAMPLES // 2, limit, 1, seed)
+        batches = list(drawn if source_ids is None else with_left_tokens(drawn, source, source_ids))
     else:
         longest = sorted(texts, key=lambda sample: -len(sample.text))[:_SAMPLES]
         found: Iterable[Mapping[str, NDArray[Any]]] = tokenize(
             longest, source.processor, limit, 1, "np", input_names(source)
         )
         batches = [batch for batch in found if batch["input_ids"].shape[1] > trained]
+        if source_ids is not None:
+            batches = [batch for batch in batches if np.isin(batch["input_ids"], source_ids).all()]
     if not batches:
         return None
     quality = choose_quality(source, None, limit, seed)
-    result = compare(torch_runner(source), lambda batch: compiled(**batch), batches, quality)
+    own = None if source_ids is None else OwnTokens(source_ids)
+    result = compare(torch_runner(source), lambda batch: compiled(**batch), batches, quality, own=own)
     length = max(int(np.shape(batch["input_ids"])[1]) for batch in batches)
     return ExtendedRecord(
         reference=REFERENCE,

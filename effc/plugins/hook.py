@@ -126,6 +126,11 @@ def assign(layers: Mapping[torch.nn.Module, LayerPlan]) -> None:
         _marks.pop(module, None)
 
 
+def assigned(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, LayerPlan]]:
+    """The attention modules of a model that have a plan, and these plans, by the modules' names."""
+    return {name: (module, _plans[module]) for name, module in model.named_modules() if module in _plans}
+
+
 def mark_tokens(model: PreTrainedModel, modules: Mapping[torch.nn.Module, tuple[int, ...]]) -> None:
     """Tell each module, on every run of the model, where the tokens of the given ids stand in ``input_ids``."""
 
@@ -199,6 +204,8 @@ def _attention(
     attention_mask = _paddings.get(module, attention_mask)
     if torch.compiler.is_exporting():
         return emit(geometry, plan.name, query, key, value, attention_mask, extras), None
+    # Bias tables were read where the model was then; it may have moved since.
+    extras = {name: value.to(query.device) for name, value in extras.items()}
     if isinstance(geometry.form, Pattern):
         return _masked_attention(query, key, value, attention_mask, geometry.form, geometry.causal, scale, extras), None
     mask = None if attention_mask is None else attention_mask.to(torch.bool)
@@ -235,8 +242,8 @@ def _masked_attention(
     bias = distance_bias(query.shape[2], key.shape[2], extras)
     mask = visible = None
     if not pattern.is_dense or causal or key_mask is not None:
-        visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras)
-        mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+        visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras).to(query.device)
+        mask = query.new_zeros(()).masked_fill(~visible, torch.finfo(query.dtype).min)
     if bias is not None:
         bias = bias.to(query.dtype)
         # The sum of a bias and the dtype's minimum would overflow.
@@ -335,13 +342,13 @@ def _additive_mask(
         return torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
     visible = None
     if visibility.causal or not visibility.pattern.is_dense:
-        visible = _visible_pairs(query.shape[2], key.shape[2], visibility)[None, None]
+        visible = _visible_pairs(query.shape[2], key.shape[2], visibility).to(query.device)[None, None]
     if attention_mask is not None:
         padding = attention_mask.to(torch.bool)[:, None, None, :]
         visible = padding if visible is None else visible & padding
     if visible is None:
         return None
-    return torch.zeros((), dtype=query.dtype).masked_fill(~visible, lowest)
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
 
 
 def _visible_pairs(query_length: int, key_length: int, visibility: Visibility) -> torch.Tensor:

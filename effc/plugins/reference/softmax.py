@@ -27,7 +27,7 @@ def sparse_attention(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras)
+    visible = visible_pairs(pattern, query.shape[2], key.shape[2], causal, key_mask, extras).to(query.device)
     scores = (query @ key.transpose(-1, -2)) * scale
     bias = distance_bias(query.shape[2], key.shape[2], extras)
     if bias is not None:
@@ -61,8 +61,9 @@ def distance_bias(query_length: int, key_length: int, extras: Mapping[str, torch
     table, slope = (extras or {}).get("distance_bias"), (extras or {}).get("distance_slope")
     if table is None and slope is None:
         return None
-    query = torch.arange(key_length - query_length, key_length)[:, None]
-    distance = torch.arange(key_length)[None, :] - query
+    device = (slope if table is None else table).device  # type: ignore[union-attr]
+    query = torch.arange(key_length - query_length, key_length, device=device)[:, None]
+    distance = torch.arange(key_length, device=device)[None, :] - query
     total = None
     if table is not None:
         reach = table.shape[-1] // 2
