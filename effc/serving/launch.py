@@ -1,0 +1,52 @@
+"""The command line of a Triton server for a repository, as a script that lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LAUNCH_NAME = "launch.sh"
+CONTAINER = "nvcr.io/nvidia/tritonserver:25.06-py3"
+CACHE_BYTES = 256 << 20
+EXIT_SECONDS = 20
+
+PACKAGES = "numpy onnxruntime tokenizers"
+"""What effc's models import, to be installed in a container. Where it has a GPU: onnxruntime-gpu."""
+
+
+def server_flags(*, cache: bool) -> list[str]:
+    """Flags that do not depend on where the server runs.
+
+    Args:
+        cache: a model asks for the response cache.
+    """
+    flags = [f"--exit-timeout-secs={EXIT_SECONDS}", "--strict-readiness=true"]
+    return [*flags, *([f"--cache-config=local,size={CACHE_BYTES}"] if cache else [])]
+
+
+def launch_script(*, cache: bool, plugins: Sequence[str] = ()) -> str:
+    """A shell script that starts ``tritonserver`` from PATH on the directory that it lies in.
+
+    It listens on this machine only; ADDRESS=0.0.0.0 opens it to others.
+
+    Args:
+        plugins: TensorRT plugin libraries, by their paths in the repository.
+    """
+    flags = server_flags(cache=cache)
+    if plugins:
+        places = ";".join(f"$repository/{library}" for library in plugins)
+        flags.append(f'"--backend-config=tensorrt,plugins={places}"')
+    lines = " \\\n  ".join(flags)
+    return f"""#!/bin/sh
+# Starts Triton on this repository; further flags of tritonserver may be given. In a container:
+#   docker run --rm --network host -v "$PWD":/models {CONTAINER} \\
+#     sh -c 'pip install {PACKAGES} && /models/{LAUNCH_NAME}'
+set -eu
+repository=$(cd "$(dirname "$0")" && pwd)
+address=${{ADDRESS:-127.0.0.1}}
+# Nothing may be written into the repository, whose files are hashed.
+export PYTHONDONTWRITEBYTECODE=1
+exec tritonserver --model-repository="$repository" \\
+  --http-address="$address" --grpc-address="$address" --metrics-address="$address" \\
+  --http-port="${{HTTP_PORT:-8000}}" --grpc-port="${{GRPC_PORT:-8001}}" --metrics-port="${{METRICS_PORT:-8002}}" \\
+  {lines} "$@"
+"""

@@ -1,0 +1,86 @@
+"""How an artifact is to be served."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from effc.errors import UsageError
+from effc.exporters.triton_config import Instances
+from effc.serving.backend.heads import POOLINGS, Pooling
+from effc.suggest import did_you_mean
+
+Backend = Literal["python", "onnxruntime"]
+BACKENDS: tuple[Backend, ...] = ("python", "onnxruntime")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """What ``effc triton`` can be told.
+
+    Attributes:
+        name: of the model that clients ask; the artifact's directory name when None.
+        backend: who runs the graph. ``python`` is a model of effc's over the onnxruntime package with effc's native
+            kernels; ``onnxruntime`` is Triton's own backend, with standard operators and requests of one length
+            batched.
+        max_batch: rows that one run takes at most; of a causal model, texts that are written at once.
+        instances: how many copies of the graph run, and where.
+        batch_delay_us: how long a request waits for others to share its run.
+        threads: computing threads of one instance; its share of the server's cores when None.
+        response_cache: let the server answer repeated requests from its cache.
+        max_length: tokens of a text; those the model takes (or its sentence-transformers files say) when None.
+        truncate: cut longer texts; refuse them if False.
+        pooling, normalize: how embeddings are made; as the model's sentence-transformers files say when None, and mean
+            and False without those.
+        keep: versions that stay loaded.
+        variants: further artifacts of the same model by name; each request goes to the one that is fastest at its
+            length.
+
+    Raises:
+        UsageError: if a value is out of range.
+    """
+
+    name: str | None = None
+    backend: Backend = "python"
+    max_batch: int = 8
+    instances: Instances = field(default_factory=Instances)
+    batch_delay_us: int = 500
+    threads: int | None = None
+    response_cache: bool = False
+    max_length: int | None = None
+    truncate: bool = True
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    keep: int = 2
+    variants: Mapping[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*([self.name] if self.name is not None else []), *self.variants):
+            check_name(name)
+        if self.backend not in BACKENDS:
+            raise UsageError(f"There is no backend '{self.backend}'.", did_you_mean(self.backend, BACKENDS))
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise UsageError(f"There is no pooling '{self.pooling}'.", did_you_mean(self.pooling, POOLINGS))
+        least = {"max_batch": 1, "batch_delay_us": 0, "threads": 1, "max_length": 1, "keep": 1}
+        for key, lowest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < lowest:
+                raise UsageError(f"{key.replace('_', '-')} must be at least {lowest}, not {value}.", "Correct it.")
+
+
+def check_name(name: str) -> str:
+    """A name that can be a directory.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot name a model.", "Use letters, digits, '_', '-' and '.', with a letter or digit in front."
+        )
+    return name
