@@ -1,0 +1,53 @@
+// Sparse attention on CUDA devices, as its callers see it: the TensorRT plugin, ONNX Runtime's CUDA operator, the
+// benchmark and the tests under emulation. Plain C++17: no CUDA header is needed to include this one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pattern/pattern.hpp"
+
+namespace effc::cuda {
+
+enum class Number : int32_t { kFloat, kHalf, kBFloat16 };
+
+// Row-major device tensors: query and output [batch, q_len, num_heads * head_dim], key and value
+// [batch, kv_len, kv_num_heads * head_dim], all of one number type; key_mask and marks [batch, kv_len] with 0 for false;
+// log_sum_exp [batch, num_heads, q_len], natural logarithm, -infinity where a row sees no key. The queries are the last
+// q_len of the kv_len positions. A row that sees no key gives zeros.
+struct SparseAttention {
+  const void* query;
+  const void* key;
+  const void* value;
+  const uint8_t* key_mask;      // or null: every key may be attended
+  const uint8_t* marks;         // or null: no token is marked
+  const float* distance_bias;   // [num_heads, 2 * bias_reach + 1] by j - i, added to the scaled scores, or null
+  const float* distance_slope;  // [num_heads], times j - i, or null
+  void* output;
+  float* log_sum_exp;  // or null: not wanted
+
+  int64_t batch;
+  int64_t q_len;
+  int64_t kv_len;
+  int64_t num_heads;
+  int64_t kv_num_heads;
+  int64_t head_dim;
+  Position bias_reach;
+  float scale;
+  Number number;
+  Pattern pattern;
+};
+
+// Null if the kernels take a problem of these sizes and this number type on a device of compute capability
+// `capability` (80, 86, 89, 90, 120), else what stands against it, as a sentence for the user. Looks at no pointer.
+const char* refusal(const SparseAttention& problem, int capability);
+
+// Bytes of device memory that `launch` needs besides the tensors; 0 where none. Never shrinks as batch, q_len or kv_len
+// grow, so that the sizes of an optimization profile's maximum serve the whole profile. Looks at no pointer.
+size_t workspace_bytes(const SparseAttention& problem);
+
+// Queues the work on `stream` (a cudaStream_t) of the current device and returns a cudaError_t, 0 for success.
+// `workspace` is aligned to 256 bytes.
+int launch(const SparseAttention& problem, void* workspace, void* stream);
+
+}  // namespace effc::cuda
