@@ -7,31 +7,21 @@ quality can be verified on any machine; it is slower than fp32 there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from effc.passes.base import Pass, PassResult
-from effc.passes.quantize_calibrate import Batch, measure_ranges
+from effc.passes.base import PassResult
+from effc.passes.quantize_calibrate import measure_ranges
 from effc.passes.quantize_exclude import Exclusion, Rules
 from effc.passes.quantize_find import Columns, Linear
 from effc.passes.quantize_graph import Editor, initializer_bytes
+from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import LEAST_SCALE, Floats
-from effc.passes.quantize_observe import Remembered
-from effc.passes.quantize_plan import (
-    check_globs,
-    check_nothing_left,
-    check_opset,
-    check_unquantized,
-    input_of,
-    make_plan,
-)
-from effc.passes.quantize_replace import Switches, replace_linear
-from effc.passes.quantize_schemes import Schemes
-from effc.passes.quantize_settings import QuantizationSection
+from effc.passes.quantize_plan import check_opset, input_of, make_plan
+from effc.passes.quantize_replace import replace_linear
 
 LARGEST = 448.0
 """The largest number of E4M3."""
@@ -39,27 +29,11 @@ LARGEST = 448.0
 LEAST_OPSET = 19
 
 
-class QuantizeFp8(Pass[ir.Model, ir.Model]):
-    """Quantize linear layers to FP8; see :class:`QuantizeInt8` for the arguments."""
+class QuantizeFp8(QuantizeLinears):
+    """Quantize linear layers to FP8; see :class:`QuantizeLinears` for the arguments."""
 
     name: ClassVar[str] = "quantize-fp8"
     version: ClassVar[int] = 1
-
-    def __init__(
-        self,
-        settings: QuantizationSection,
-        calibration: Iterable[Batch] | None = None,
-        schemes: Schemes | None = None,
-        remembered: Remembered | None = None,
-        *,
-        alone: bool = True,
-        switches: Switches | None = None,
-    ):
-        self.settings: QuantizationSection = settings
-        self.calibration = calibration
-        self._schemes = schemes or Schemes(settings)
-        self._remembered = remembered or Remembered()
-        self._alone, self._switches = alone, switches
 
     def requires(self, model: ir.Model) -> None:
         """Check that the graph is not quantized yet and its opset knows FP8.
@@ -67,9 +41,7 @@ class QuantizeFp8(Pass[ir.Model, ir.Model]):
         Raises:
             PreconditionError: naming the node, the opset or the glob.
         """
-        if self._alone:
-            check_unquantized(model)
-            check_globs(model, self.settings)
+        super().requires(model)
         check_opset(model, LEAST_OPSET, "FP8")
 
     def run(self, model: ir.Model) -> PassResult[ir.Model]:
@@ -112,14 +84,6 @@ class QuantizeFp8(Pass[ir.Model, ir.Model]):
             "note": "rounded to FP8 and multiplied in fp32: for engines, and no faster on CPU",
         }
         return PassResult(model, bool(changed), changed, plan.skipped, metrics)
-
-    def ensures(self, model: ir.Model) -> None:
-        """Check that no layer is left in fp32 without a reason.
-
-        Raises:
-            PassFailedError: naming the layer.
-        """
-        check_nothing_left(model, self._exclusion(model), self.name)
 
     def _exclusion(self, model: ir.Model) -> Exclusion:
         # A floating-point format holds a gate's outliers.

@@ -15,16 +15,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from effc.errors import PreconditionError
-from effc.passes.base import Pass, PassResult
+from effc.passes.base import PassResult
 from effc.passes.quantize_blocks import Blocks, error_spread, gptq, round_to_nearest
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_embeddings import quantize_embedding
 from effc.passes.quantize_exclude import Exclusion, Rules
 from effc.passes.quantize_find import Columns, Linear, find_embeddings
 from effc.passes.quantize_graph import Editor, initializer_bytes, replace_value
+from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import Floats
 from effc.passes.quantize_observe import Remembered, observe
-from effc.passes.quantize_plan import check_globs, check_nothing_left, check_unquantized, input_of, make_plan
+from effc.passes.quantize_plan import input_of, make_plan
 from effc.passes.quantize_replace import Switches, replace_linear
 from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
@@ -34,8 +35,8 @@ _BLOCK_SIZES = {4: 32, 8: 128}
 _ROUND_INPUTS = 4
 
 
-class QuantizeWeights(Pass[ir.Model, ir.Model]):
-    """Store weights of linear layers in ``bits`` bits; see :class:`QuantizeInt8` for the arguments."""
+class QuantizeWeights(QuantizeLinears):
+    """Store weights of linear layers in ``bits`` bits; see :class:`QuantizeLinears` for the arguments."""
 
     name: ClassVar[str] = "quantize-weights"
     version: ClassVar[int] = 1
@@ -51,11 +52,8 @@ class QuantizeWeights(Pass[ir.Model, ir.Model]):
         alone: bool = True,
         switches: Switches | None = None,
     ):
-        self.settings: QuantizationSection = settings
-        self.bits, self.calibration = bits, calibration
-        self._schemes = schemes or Schemes(settings)
-        self._remembered = remembered or Remembered()
-        self._alone, self._switches = alone, switches
+        super().__init__(settings, calibration, schemes, remembered, alone=alone, switches=switches)
+        self.bits = bits
         self._spreads: dict[str, Floats] = {}
 
     @property
@@ -74,9 +72,7 @@ class QuantizeWeights(Pass[ir.Model, ir.Model]):
         Raises:
             PreconditionError: naming the node, the glob or the method.
         """
-        if self._alone:
-            check_unquantized(model)
-            check_globs(model, self.settings)
+        super().requires(model)
         method = self.settings.weights.method
         if method != "rtn" and self.calibration is None:
             raise PreconditionError(
@@ -133,14 +129,6 @@ class QuantizeWeights(Pass[ir.Model, ir.Model]):
             "bytes_after": initializer_bytes(model),
         }
         return PassResult(model, bool(changed), changed, plan.skipped, metrics)
-
-    def ensures(self, model: ir.Model) -> None:
-        """Check that no layer is left in fp32 without a reason.
-
-        Raises:
-            PassFailedError: naming the layer.
-        """
-        check_nothing_left(model, self._exclusion(model), self.name)
 
     def _exclusion(self, model: ir.Model) -> Exclusion:
         # Heads are what a written token reads most of, and blocks of 8 bits hold them well.

@@ -1,0 +1,68 @@
+"""Base of the passes that quantize linear layers of an ONNX graph."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from effc.passes.base import Pass
+from effc.passes.quantize_calibrate import Batch
+from effc.passes.quantize_exclude import Exclusion
+from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_plan import check_globs, check_nothing_left, check_unquantized
+from effc.passes.quantize_replace import Switches
+from effc.passes.quantize_schemes import Schemes
+from effc.passes.quantize_settings import QuantizationSection
+
+
+class QuantizeLinears(Pass[ir.Model, ir.Model]):
+    """Quantize the linear layers of one mode.
+
+    Args:
+        settings: the recipe's ``quantization`` section.
+        calibration: batches of model inputs, name -> array, tokenized; None if there are none.
+        schemes: which layers are meant; as the settings say if None.
+        remembered: what another graph of the same model has found, and takes what this one finds.
+        alone: refuse a graph that holds anything quantized.
+        switches: keep the fp32 layers beside the quantized ones.
+    """
+
+    def __init__(
+        self,
+        settings: QuantizationSection,
+        calibration: Iterable[Batch] | None = None,
+        schemes: Schemes | None = None,
+        remembered: Remembered | None = None,
+        *,
+        alone: bool = True,
+        switches: Switches | None = None,
+    ):
+        self.settings: QuantizationSection = settings
+        self.calibration = calibration
+        self._schemes = schemes or Schemes(settings)
+        self._remembered = remembered or Remembered()
+        self._alone, self._switches = alone, switches
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that the graph is not quantized yet and that every glob of the recipe matches something.
+
+        Raises:
+            PreconditionError: naming the node or the glob.
+        """
+        if self._alone:
+            check_unquantized(model)
+            check_globs(model, self.settings)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no layer is left in fp32 without a reason.
+
+        Raises:
+            PassFailedError: naming the layer.
+        """
+        check_nothing_left(model, self._exclusion(model), self.name)
+
+    @abstractmethod
+    def _exclusion(self, model: ir.Model) -> Exclusion:
+        """What this mode leaves alone."""
