@@ -99,6 +99,7 @@ class Compression:
         self.kept_tokens: list[int] | None = None
         self._notes: list[str] = []
         self._rows = 0
+        self._modified = False
         masking = [step for step in recipe.prune if step.method in MASKING]
         shrinking = [step for step in recipe.prune if step.method not in MASKING]
         low_rank = [recipe.low_rank] if recipe.low_rank is not None else []
@@ -114,7 +115,7 @@ class Compression:
         return LowRank.version if isinstance(step, LowRankSection) else _PASSES[step.method].version
 
     def run(self, step: PruneStep | LowRankSection) -> PassResult[Any]:
-        """Run one step and let the source know.
+        """Run one step, and let the source know after the last one.
 
         Raises:
             PreconditionError, UsageError, DataError, PassFailedError: see the passes.
@@ -134,7 +135,7 @@ class Compression:
         made.ensures(model)
         if isinstance(step, PruneStep):
             self._note(step, result)
-        self._finish(result)
+        self._finish(step, result)
         return result
 
     def deviation(self) -> dict[str, Any]:
@@ -154,8 +155,10 @@ class Compression:
             vocabulary=None if self.kept_tokens is None else save_vocabulary(directory, self.kept_tokens, self._rows),
         )
 
-    def _finish(self, result: PassResult[Any]) -> None:
-        if result.modified:
+    def _finish(self, step: PruneStep | LowRankSection, result: PassResult[Any]) -> None:
+        self._modified |= result.modified
+        # Reading every weight takes seconds where there are gigabytes, and nothing asks in between.
+        if self._modified and step is self.steps[-1]:
             note_changed_weights(self.source)
 
     def _note(self, step: PruneStep, result: PassResult[Any]) -> None:
@@ -219,7 +222,7 @@ class Compression:
         made.ensures(source.model)
         source.processor, self.kept_tokens = made.tokenizer, kept
         self.probe = Probe(renumbered, self.probe.untouched)
-        self._finish(result)
+        self._finish(step, result)
         return result
 
     def _shared_probe(self, kept: list[int]) -> tuple[Probe, Mapping[str, torch.Tensor]]:

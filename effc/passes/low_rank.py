@@ -19,9 +19,9 @@ from effc.passes.base import Pass, PassResult
 from effc.passes.low_rank_linear import LowRankLinear
 from effc.passes.low_rank_ranks import Spectrum, choose_ranks
 from effc.passes.low_rank_settings import LowRankSection
-from effc.passes.prune_calibration import Calibration, InputStatistics
+from effc.passes.prune_calibration import Calibration, InputStatistics, check_texts
 from effc.passes.prune_slice import weight_of
-from effc.passes.prune_structure import layer_linears, selected
+from effc.passes.prune_structure import check_linears, layer_linears, selected
 
 # Of the mean second moment, so that inputs that calibration never saw still count for something.
 _DAMPING = 1e-4
@@ -50,17 +50,9 @@ class LowRank(Pass[PreTrainedModel, PreTrainedModel]):
             PreconditionError: saying what is missing.
             UsageError: if a glob matches no layer.
         """
-        if not layer_linears(model):
-            raise PreconditionError(
-                f"{type(model).__name__} has no linear layers in transformer layers that effc knows.",
-                "Leave --low-rank out.",
-            )
-        if self.settings.criterion == "whitened" and self._calibration is None:
-            raise PreconditionError(
-                "Whitened factorization is measured on text, and none is given.",
-                "Give some with --calibration or --data, or use the criterion plain.",
-            )
-        selected(layer_linears(model), self.settings.include, self.settings.exclude)
+        check_linears(model, self.settings.include, self.settings.exclude, "--low-rank")
+        if self.settings.criterion == "whitened":
+            check_texts(self._calibration, "Whitened factorization", "plain")
 
     def run(self, model: PreTrainedModel) -> PassResult[PreTrainedModel]:
         """Replace layers by two thinner ones, in place.

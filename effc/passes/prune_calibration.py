@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from effc.errors import DataError
+from effc.errors import DataError, PreconditionError
 
 # Of the outputs that a model may have, the first that is there is what pruning tries to keep.
 _OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
@@ -185,6 +185,23 @@ class Calibration:
             if self.progress:
                 self.progress(f"{what}, batch {number} of {len(self.batches)}")
             yield batch
+
+
+def check_texts(calibration: Calibration | None, what: str, otherwise: str) -> None:
+    """Refuse to measure where there is nothing to measure on.
+
+    Args:
+        what: is measured, as the beginning of a sentence.
+        otherwise: a criterion that needs no texts.
+
+    Raises:
+        PreconditionError: saying what needs texts.
+    """
+    if calibration is None:
+        raise PreconditionError(
+            f"{what} is measured on text, and none is given.",
+            f"Give some with --calibration or --data, or use the criterion {otherwise}.",
+        )
 
 
 def real_rows(value: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:

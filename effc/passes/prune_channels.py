@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from effc.errors import PassFailedError, PreconditionError
 from effc.passes.base import Pass, PassResult
-from effc.passes.prune_calibration import Calibration
+from effc.passes.prune_calibration import Calibration, check_texts
 from effc.passes.prune_settings import PruneStep
 from effc.passes.prune_slice import forget_inputs, weight_of
 from effc.passes.prune_structure import selected
@@ -102,11 +102,8 @@ class PruneChannels(Pass[PreTrainedModel, PreTrainedModel]):
                 f"No {self.unit} of {kind} can be removed: {reason}.",
                 f"Leave {self.settings.text} out.",
             )
-        if self.settings.criterion in ("activation", "taylor") and self._calibration is None:
-            raise PreconditionError(
-                f"The criterion '{self.settings.criterion}' is measured on text, and none is given.",
-                "Give some with --calibration or --data, or use the criterion magnitude.",
-            )
+        if self.settings.criterion in ("activation", "taylor"):
+            check_texts(self._calibration, f"The criterion '{self.settings.criterion}'", "magnitude")
         chosen = self._chosen(sites)
         assert self.settings.share is not None
         if all(site.remaining(self.settings.share) == site.units for site in chosen):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from effc.errors import UsageError
+from effc.errors import PreconditionError, UsageError
 from effc.suggest import nearest
 
 _SEPARATE = (
@@ -144,6 +144,22 @@ def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in model.named_modules() if name.startswith(prefixes) and linear_sizes(module)
     }
+
+
+def check_linears(model: nn.Module, include: Sequence[str], exclude: Sequence[str], option: str) -> None:
+    """Check that there are linear layers inside transformer layers, and that each glob matches one.
+
+    Raises:
+        PreconditionError: naming the ``option`` to leave out.
+        UsageError: naming the glob.
+    """
+    linears = layer_linears(model)
+    if not linears:
+        raise PreconditionError(
+            f"{type(model).__name__} has no linear layers in transformer layers that effc knows.",
+            f"Leave {option} out.",
+        )
+    selected(linears, include, exclude)
 
 
 def selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:

@@ -9,14 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from effc.errors import PreconditionError
 from effc.passes.base import Pass, PassResult
-from effc.passes.prune_calibration import Calibration, InputStatistics
+from effc.passes.prune_calibration import Calibration, InputStatistics, check_texts
 from effc.passes.prune_criteria import mask_share, mask_two_four, scores, sparsegpt
 from effc.passes.prune_masks import add_masks, masks_of, sparsity
 from effc.passes.prune_settings import PruneStep
 from effc.passes.prune_slice import weight_of
-from effc.passes.prune_structure import layer_linears, selected
+from effc.passes.prune_structure import check_linears, layer_linears, selected
 
 
 class PruneWeights(Pass[PreTrainedModel, PreTrainedModel]):
@@ -39,17 +38,9 @@ class PruneWeights(Pass[PreTrainedModel, PreTrainedModel]):
             PreconditionError: saying what is missing.
             UsageError: if a glob matches no layer.
         """
-        if not layer_linears(model):
-            raise PreconditionError(
-                f"{type(model).__name__} has no linear layers in transformer layers that effc knows.",
-                f"Leave {self.settings.text} out.",
-            )
-        if self.settings.criterion in ("wanda", "sparsegpt") and self._calibration is None:
-            raise PreconditionError(
-                f"The criterion '{self.settings.criterion}' is measured on text, and none is given.",
-                "Give some with --calibration or --data, or use the criterion magnitude.",
-            )
-        selected(layer_linears(model), self.settings.include, self.settings.exclude)
+        check_linears(model, self.settings.include, self.settings.exclude, self.settings.text)
+        if self.settings.criterion in ("wanda", "sparsegpt"):
+            check_texts(self._calibration, f"The criterion '{self.settings.criterion}'", "magnitude")
 
     def misfit(self, weight: torch.Tensor) -> str | None:
         """Why a weight ``[out, in]`` cannot be masked, or None."""
