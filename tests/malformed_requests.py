@@ -93,7 +93,7 @@ def _no_json(generator: random.Random) -> bytes:
 
 
 CRASHES_24_10 = _body([1, 2, 3], [1, 2**62])
-"""Its size in bytes overflows, which ends a Triton 24.10 (mended upstream in 25.06)."""
+"""Its size in bytes overflows, which ends a Triton 24.10 (triton-inference-server/common, pull request 151)."""
 
 _KINDS = (
     _out_of_range,

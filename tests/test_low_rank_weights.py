@@ -14,13 +14,7 @@ from effc.passes.low_rank_ranks import Spectrum, choose_ranks
 from effc.passes.prune_calibration import InputStatistics
 from effc.passes.prune_structure import layer_linears
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def section(text, **more):

@@ -20,13 +20,7 @@ FAMILIES = ["bert", "roberta", "distilbert", "llama", "qwen3", "t5", "t5-encoder
 SAYS_HEADS = {"llama", "qwen3", "t5", "t5-encoder", "vit", "phi3"}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prune(kind, share, name, model, inputs, *, data=False, batches=3, **settings):

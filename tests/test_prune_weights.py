@@ -17,13 +17,7 @@ from effc.passes.prune_speed import sparse_requirements, speed_note
 from effc.passes.prune_structure import layer_linears
 from effc.passes.prune_two_four import PruneTwoFour, is_two_four
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def statistics_of(rows):
