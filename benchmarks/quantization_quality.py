@@ -60,6 +60,7 @@ MODES: dict[str, tuple[Section, bool]] = {
     "int4-weights, awq": ({"mode": "int4-weights", "weights": {"method": "awq"}}, True),
     "int4-weights, gptq": ({"mode": "int4-weights", "weights": {"method": "gptq"}}, True),
     "fp8": ({"mode": "fp8"}, True),
+    "fp8, gptq": ({"mode": "fp8", "weights": {"method": "gptq"}}, True),
     "fp16": ({"mode": "fp16"}, False),
     "bf16": ({"mode": "bf16"}, False),
 }

@@ -20,10 +20,12 @@ from tiny_checkpoints import WORDS, save_lively
 import effc
 from effc.compiler.recipe import build_recipe
 from effc.errors import PreconditionError, UsageError
-from effc.passes.quantize import quantize
-from effc.passes.quantize_blocks import error_spread, gptq, round_to_nearest
+from effc.passes.quantize import quantize, quantizing_passes
+from effc.passes.quantize_blocks import gptq_blocks, round_to_nearest
 from effc.passes.quantize_find import find_linears
 from effc.passes.quantize_fp8 import quantize_columns_fp8
+from effc.passes.quantize_gptq import error_spread
+from effc.passes.quantize_grid import own_grid
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_settings import QuantizationSection
 
@@ -124,11 +126,46 @@ def test_gptq_lowers_the_error_of_the_output(symmetric: bool) -> None:
     x = (rng.normal(size=(500, 12)) @ rng.normal(size=(12, 72)) + 0.1 * rng.normal(size=(500, 72))).astype(np.float32)
     weight = normal(72, 24, seed=3)
     plain = round_to_nearest(weight, 4, 32, symmetric).floats()
-    better = gptq(weight, error_spread(x.T @ x / len(x)), 4, 32, symmetric).floats()
+    better = gptq_blocks(weight, error_spread(x.T @ x / len(x)), 4, 32, symmetric).floats()
     assert relative_error(x @ better, x @ weight) < 0.6 * relative_error(x @ plain, x @ weight)
     # Without any connection between inputs there is nothing to make up for.
-    alone = gptq(weight, error_spread(np.eye(72, dtype=np.float32)), 4, 32, symmetric).floats()
+    alone = gptq_blocks(weight, error_spread(np.eye(72, dtype=np.float32)), 4, 32, symmetric).floats()
     assert relative_error(alone, weight) == pytest.approx(relative_error(plain, weight), rel=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), levels=st.integers(1, 16), below=st.floats(0, 1), half=st.booleans())
+def test_weights_that_were_4_bit_keep_their_grid(seed: int, levels: int, below: float, half: bool) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, levels, size=(5, 3, 32))
+    steps, least = rng.uniform(0.02, 0.1, (5, 3, 1)), -below * rng.uniform(0, 1, (5, 3, 1))
+    weight = (codes * np.float16(steps) + np.float16(least)).astype(np.float32).reshape(5, 96).T
+    if half:
+        weight = weight.astype(np.float16).astype(np.float32)
+    found = own_grid(weight, 32)
+    assert found is not None and found.kept
+    assert np.abs(found.floats() - weight).max() <= (2e-3 if half else 1e-6)
+    # Half the block size divides the grid's; twice does not.
+    assert own_grid(weight, 16) is not None
+    assert own_grid(normal(96, 5, seed=seed), 32) is None
+    assert own_grid(weight[:80], 32) is None
+
+
+def test_a_graph_of_4_bit_weights_keeps_their_grid() -> None:
+    model = gated_mlp()
+    for linear in find_linears(model.graph):
+        fan_in, fan_out = linear.fan_in, linear.fan_out
+        codes = np.random.default_rng(fan_out).integers(0, 16, (fan_out, fan_in // 32, 32))
+        weight = (codes * np.float32(0.02) - 0.11).reshape(fan_out, fan_in).T.astype(np.float32)
+        linear.node.inputs[1].const_value = ir.tensor(np.ascontiguousarray(weight))
+    wanted = run(model, INPUT)
+    (step,) = quantizing_passes(QuantizationSection(mode="int4-weights"), None)
+    result = step.run(model)
+    step.ensures(model)
+    assert result.metrics["on_their_own_grid"] == 3
+    assert result.metrics["largest_weight_error"]["relative_error"] < 1e-6
+    # What is left is the rounding of inputs to 8 bits.
+    assert relative_error(run(model, INPUT), wanted) < 0.012
 
 
 @settings(max_examples=40, deadline=None)
@@ -139,6 +176,17 @@ def test_fp8_weights_are_those_of_torch(seed: int, exponent: float) -> None:
     wanted = torch.tensor(weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(values.astype(np.float32), wanted)
     assert np.abs(values.astype(np.float32)).max() == 448
+
+
+def test_gptq_lowers_the_error_of_fp8_products() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(500, 12)) @ rng.normal(size=(12, 72)) + 0.1 * rng.normal(size=(500, 72))).astype(np.float32)
+    weight = normal(72, 24, seed=3)
+    errors = []
+    for spread in (None, error_spread(x.T @ x / len(x))):
+        values, scale = quantize_columns_fp8(weight, spread)
+        errors.append(relative_error(x @ (values.astype(np.float32) * scale), x @ weight))
+    assert errors[1] < 0.6 * errors[0]
 
 
 # Graphs
@@ -303,6 +351,7 @@ def test_two_graphs_of_a_model_get_the_same_weights() -> None:
         ({"mode": "int8", "smoothing": "auto"}, "smoothing looks at activations.*--calibration"),
         ({"mode": "int4-weights", "weights": {"method": "awq"}}, "awq looks at activations.*--calibration"),
         ({"mode": "int4-weights", "weights": {"method": "gptq"}}, "gptq.*no calibration data.*rtn"),
+        ({"mode": "fp8", "weights": {"method": "gptq"}}, "gptq.*no calibration data.*rtn"),
         ({"mode": "int8", "bias_correction": True}, "Bias correction.*--calibration"),
         ({"mode": "int8", "layers": {"*nowhere*": "fp8"}}, "quantization.layers matches no layer"),
     ],
@@ -324,6 +373,11 @@ def test_what_cannot_be_done_is_refused(section: dict[str, Any], message: str) -
         ({"mode": "int8", "smoothing": 1.5}, "between 0 and 1"),
         ({"mode": "int4-weights", "weights": {"block_size": 48}}, "block_size"),
         ({"mode": "int4-weights", "weights": {"methd": "awq"}}, "method"),
+        ({"mode": "int8", "weights": {"method": "gptq"}}, "weights.method gptq is for fp8 and int4-weights"),
+        ({"mode": "fp8", "weights": {"method": "awq"}}, "weights.method awq is for int4-weights and int8-weights"),
+        ({"mode": "int8", "weights": {"block_size": 32}}, "weights.block_size 32 is for int4-weights"),
+        ({"mode": "fp8", "smoothing": "auto"}, "smoothing auto is for int8"),
+        ({"mode": "int8-weights", "activations": "token"}, "activations token is for int8"),
     ],
 )
 def test_bad_settings_are_refused(section: dict[str, Any], message: str) -> None:
@@ -428,13 +482,13 @@ def test_flags_say_what_the_recipe_says(llama: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(pipeline, "run", run)
     flags = ["--quant=int4-weights", "--quant-weights=awq", "--quant-smoothing=0.5", "--quant-activations=token"]
-    layers = ["--quant-layer", "*head=int8-weights", "--quant-layer", "*.0.*=none"]
+    layers = ["--quant-layer", "*head=int8-weights", "--quant-layer", "*.0.*=int8"]
     with pytest.raises(SystemExit):
         cli.main(["compile", str(llama), *flags, *layers, "-o", str(tmp_path / "out")])
     section = seen[0].quantization
     assert (section.mode, section.weights.method, section.smoothing) == ("int4-weights", "awq", 0.5)
-    assert section.activations == "token" and section.layers == {"*head": "int8-weights", "*.0.*": "none"}
-    assert section.modes == {"int4-weights", "int8-weights"}
+    assert section.activations == "token" and section.layers == {"*head": "int8-weights", "*.0.*": "int8"}
+    assert section.modes == {"int4-weights", "int8-weights", "int8"}
     plain = build_recipe({"quantization": {"mode": "int8", "smoothing": "auto"}}).model_dump(mode="json")
     assert command_line(plain, "model") == "effc compile model --attn=dense --quant=int8 --quant-smoothing=auto -o OUT"
     with pytest.raises(SystemExit):

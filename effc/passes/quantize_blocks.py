@@ -1,7 +1,6 @@
 """Weights in blocks of 4 or 8 bits with a scale for each block, as ``com.microsoft::MatMulNBits`` reads them.
 
-Rounding to nearest is ONNX Runtime's own. GPTQ is written here, because the two packages that offer it for ONNX graphs
-do it for whole models of their own (docs/quantization.md).
+Rounding to nearest is ONNX Runtime's own.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime.capi import _pybind_state as kernels
 
+from effc.passes.quantize_gptq import RoundRow, round_with_feedback
 from effc.passes.quantize_numbers import Floats
 
 Bytes = npt.NDArray[np.uint8]
 
-# Share of the mean of the second moments that is added to each, as in GPTQ's reference code.
-_DAMPING = 0.01
 _FEW_BITS = 4
 _CUTS = (0.95, 0.9, 0.85, 0.8, 0.72)
 
@@ -30,6 +28,9 @@ class Blocks:
         values: packed codes ``[fan_out, blocks, block_size * bits / 8]``, low bits first.
         scales: ``[fan_out, blocks]``.
         zeros: packed zero points ``[fan_out, blocks * bits / 8 rounded up]``; None if all are in the middle.
+        offsets: ``[fan_out, blocks]``, added to every weight of a block; None if all are 0. The kernel knows nothing of
+            them: they multiply the sum of a block's inputs.
+        kept: the weight lay on this grid, so that nothing was rounded.
     """
 
     values: Bytes
@@ -38,6 +39,8 @@ class Blocks:
     bits: int
     block_size: int
     fan_in: int
+    offsets: Floats | None = None
+    kept: bool = False
 
     def floats(self) -> Floats:
         """The weight that the codes stand for, ``[fan_in, fan_out]``."""
@@ -45,6 +48,8 @@ class Blocks:
         codes = _unpack(self.values, self.bits).reshape(len(self.scales), blocks, self.block_size)
         zeros = self.zero_points()[:, :, None]
         floats = (codes.astype(np.float32) - zeros) * self.scales[:, :, None]
+        if self.offsets is not None:
+            floats += self.offsets[:, :, None]
         return np.ascontiguousarray(floats.reshape(len(self.scales), -1)[:, : self.fan_in].T)
 
     def zero_points(self) -> Floats:
@@ -74,7 +79,7 @@ def round_to_nearest(weight: Floats, bits: int, block_size: int, symmetric: bool
         best = Blocks(
             np.where(better[:, :, None], tried.values, best.values),
             np.where(better, tried.scales, best.scales),
-            None if symmetric else _pack(zeros, bits),
+            None if symmetric else pack(zeros, bits),
             bits,
             block_size,
             best.fan_in,
@@ -117,47 +122,32 @@ def _round(weight: Floats, bits: int, block_size: int, symmetric: bool) -> Block
     return Blocks(values, scales.reshape(fan_out, blocks), None if symmetric else zeros, bits, block_size, fan_in)
 
 
-def error_spread(gram: Floats) -> Floats:
-    """How an error of input i spreads to the inputs behind it: the upper Cholesky factor of the inverse moments.
+def gptq_blocks(weight: Floats, spread: Floats, bits: int, block_size: int, symmetric: bool) -> Blocks:
+    """Quantize ``weight [fan_in, fan_out]`` by GPTQ, every block with the scale that fits what is left of it.
 
     Args:
-        gram: second moments of the inputs ``[fan_in, fan_in]``.
-    """
-    moments = gram.astype(np.float64)
-    dead = np.diag(moments) <= 0
-    moments[dead, dead] = 1
-    moments[np.diag_indices(len(moments))] += _DAMPING * float(np.mean(np.diag(moments)))
-    return np.linalg.cholesky(np.linalg.inv(moments)).T.astype(np.float32)
-
-
-def gptq(weight: Floats, spread: Floats, bits: int, block_size: int, symmetric: bool) -> Blocks:
-    """Quantize ``weight [fan_in, fan_out]`` input by input, letting later inputs make up for the error of earlier ones.
-
-    Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022).
-
-    Args:
-        spread: what :func:`error_spread` makes of the inputs' second moments.
+        spread: what ``effc.passes.quantize_gptq.error_spread`` makes of the inputs' second moments.
     """
     fan_in, fan_out = weight.shape
-    left = weight.astype(np.float32).copy()
     top, blocks = (1 << bits) - 1, []
-    for start in range(0, fan_in, block_size):
-        stop = min(start + block_size, fan_in)
-        grid = round_to_nearest(left[start:stop], bits, block_size, symmetric)
-        scale, zero = grid.scales[:, 0], grid.zero_points()[:, 0]
+
+    def grid(left: Floats) -> RoundRow:
+        fitted = round_to_nearest(left, bits, block_size, symmetric)
+        scale, zero = fitted.scales[:, 0], fitted.zero_points()[:, 0]
         safe = np.where(scale == 0, np.float32(1), scale)
         codes = np.full((block_size, fan_out), zero, np.float32)
-        errors = np.zeros((stop - start, fan_out), np.float32)
-        for row in range(start, stop):
-            code = np.clip(np.rint(left[row] / safe + zero), 0, top)
-            codes[row - start] = code
-            errors[row - start] = (left[row] - (code - zero) * scale) / spread[row, row]
-            left[row + 1 : stop] -= np.outer(spread[row, row + 1 : stop], errors[row - start])
-        left[stop:] -= spread[start:stop, stop:].T @ errors
-        blocks.append((codes.T.astype(np.uint8), scale, zero.astype(np.uint8)))
-    values = np.stack([_pack(codes, bits) for codes, _, _ in blocks], axis=1)
+        blocks.append((codes, scale, zero.astype(np.uint8)))
+
+        def round_row(row: Floats, place: int) -> Floats:
+            codes[place] = np.clip(np.rint(row / safe + zero), 0, top)
+            return np.asarray((codes[place] - zero) * scale, np.float32)
+
+        return round_row
+
+    round_with_feedback(weight, spread, block_size, grid)
+    values = np.stack([pack(codes.T.astype(np.uint8), bits) for codes, _, _ in blocks], axis=1)
     scales = np.stack([scale for _, scale, _ in blocks], axis=1)
-    zeros = None if symmetric else _pack(np.stack([zero for _, _, zero in blocks], axis=1), bits)
+    zeros = None if symmetric else pack(np.stack([zero for _, _, zero in blocks], axis=1), bits)
     return Blocks(values, scales, zeros, bits, block_size, fan_in)
 
 
@@ -169,8 +159,8 @@ def _unpack(packed: Bytes, bits: int) -> Bytes:
     return np.stack([flat & 15, flat >> 4], axis=2).reshape(len(packed), -1)
 
 
-def _pack(codes: Bytes, bits: int) -> Bytes:
-    """The opposite of :func:`_unpack`; an odd number of 4-bit codes is filled with a zero."""
+def pack(codes: Bytes, bits: int) -> Bytes:
+    """Codes ``[rows, n]`` as bytes, low bits first; an odd number of 4-bit codes is filled with a zero."""
     if bits == 8:
         return np.ascontiguousarray(codes)
     if codes.shape[1] % 2:

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from effc.passes.quantize_graph import constant_of, module_of, only_consumer
 from effc.passes.quantize_numbers import Floats
 
+PART = "effc.part_of_quantized"
+"""Metadata of a product that belongs to a quantized layer."""
 PRODUCTS = frozenset({("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")})
 
 
@@ -115,8 +117,13 @@ class Embedding:
 
 
 def find_linears(graph: ir.Graph) -> Iterator[Linear]:
-    """Every product of the graph whose second input is a constant matrix, in graph order."""
+    """Every product of the graph whose second input is a constant matrix, in graph order.
+
+    Those that are a quantized layer's own are not among them.
+    """
     for node in graph:
+        if PART in node.metadata_props:
+            continue
         if (node.domain, node.op_type) in PRODUCTS and _weight_tensor(node) is not None:
             yield _linear(node)
 

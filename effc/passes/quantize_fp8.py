@@ -7,16 +7,18 @@ quality can be verified on any machine; it is slower than fp32 there.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from effc.passes.base import PassResult
 from effc.passes.quantize_calibrate import measure_ranges
 from effc.passes.quantize_exclude import Exclusion, Rules
 from effc.passes.quantize_find import Columns, Linear
+from effc.passes.quantize_gptq import round_with_feedback
 from effc.passes.quantize_graph import Editor, initializer_bytes
 from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import LEAST_SCALE, Floats
@@ -27,6 +29,10 @@ LARGEST = 448.0
 """The largest number of E4M3."""
 # QuantizeLinear learnt float8 in opset 19.
 LEAST_OPSET = 19
+_GPTQ_BLOCK = 128
+
+Numbers = npt.NDArray[Any]
+"""Of ml_dtypes.float8_e4m3fn."""
 
 
 class QuantizeFp8(QuantizeLinears):
@@ -39,9 +45,10 @@ class QuantizeFp8(QuantizeLinears):
         """Check that the graph is not quantized yet and its opset knows FP8.
 
         Raises:
-            PreconditionError: naming the node, the opset or the glob.
+            PreconditionError: naming the node, the opset, the glob or the method.
         """
         super().requires(model)
+        self._check_method()
         check_opset(model, LEAST_OPSET, "FP8")
 
     def run(self, model: ir.Model) -> PassResult[ir.Model]:
@@ -53,7 +60,10 @@ class QuantizeFp8(QuantizeLinears):
         self.requires(model)
         before, editor = initializer_bytes(model), Editor(model.graph)
         plan = make_plan(model.graph, self._exclusion(model), embeddings=False)
-        peaks = self._peaks(model, plan.keys())
+        keys = plan.keys()
+        if self.settings.weights.method == "gptq":
+            self._observe_moments(model, keys)
+        peaks = self._peaks(model, keys)
         inputs: dict[ir.Value, ir.Value] = {}
         weights: dict[tuple[str, int, int], ir.Value] = {}
         changed = []
@@ -64,7 +74,9 @@ class QuantizeFp8(QuantizeLinears):
                 if value not in inputs:
                     inputs[value] = _rounded_input(editor, linear.node, value, peaks)
                 if place not in weights:
-                    weights[place] = _rounded_weight(editor, linear.node, columns.name, weight)
+                    weights[place] = _stored_weight(
+                        editor, linear.node, columns.name, *self._weight(columns.name, weight, keys[value])
+                    )
                 both = [inputs[value], weights[place]]
                 (result,) = editor.insert(linear.node, "MatMul", both, like=columns.output, origin=linear.node)
                 if bias is not None:
@@ -89,6 +101,13 @@ class QuantizeFp8(QuantizeLinears):
         # A floating-point format holds a gate's outliers.
         return Exclusion(model.graph, self.settings.exclude, self._schemes, "fp8", Rules(gated=False))
 
+    def _weight(self, name: str, weight: Floats, key: str) -> tuple[Numbers, Floats]:
+        known = self._remembered.fp8
+        if name not in known:
+            spread = self._spread(key) if self.settings.weights.method == "gptq" else None
+            known[name] = quantize_columns_fp8(weight, spread)
+        return known[name]
+
     def _peaks(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, float] | None:
         """The largest magnitude of each input by its name in this graph; None where it is found in every run."""
         if self.calibration is None or not keys:
@@ -100,14 +119,33 @@ class QuantizeFp8(QuantizeLinears):
         return {str(value.name): max(abs(edge) for edge in known[key]) for value, key in keys.items()}
 
 
-def quantize_columns_fp8(weight: Floats) -> tuple[np.ndarray, Floats]:
-    """E4M3 numbers shaped like ``weight [fan_in, fan_out]`` and a scale ``[fan_out]`` per output channel."""
+def quantize_columns_fp8(weight: Floats, spread: Floats | None = None) -> tuple[Numbers, Floats]:
+    """E4M3 numbers shaped like ``weight [fan_in, fan_out]`` and a scale ``[fan_out]`` per output channel.
+
+    Args:
+        spread: round by GPTQ with this spread of errors; to nearest if None.
+    """
     scale = np.maximum(np.abs(weight).max(axis=0) / LARGEST, LEAST_SCALE).astype(np.float32)
-    return np.clip(weight / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn), scale
+
+    def number(part: Floats) -> Numbers:
+        return np.asarray(np.clip(part / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn))
+
+    if spread is None:
+        return number(weight), scale
+    values = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
+    place = 0
+
+    def round_row(row: Floats, _: int) -> Floats:
+        nonlocal place
+        values[place] = number(row)
+        place += 1
+        return np.asarray(values[place - 1].astype(np.float32) * scale, np.float32)
+
+    round_with_feedback(weight, spread, _GPTQ_BLOCK, lambda left: round_row)
+    return values, scale
 
 
-def _rounded_weight(editor: Editor, before: ir.Node, name: str, weight: Floats) -> ir.Value:
-    values, scale = quantize_columns_fp8(weight)
+def _stored_weight(editor: Editor, before: ir.Node, name: str, values: Numbers, scale: Floats) -> ir.Value:
     # ONNX Runtime takes a plain pair of dequantized FP8 factors for an INT8 product and then refuses the graph. It does
     # not look behind a Reshape, which costs nothing.
     stored = editor.initializer(f"{name}.weight_fp8", values[None])

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from effc.errors import PreconditionError
 from effc.passes.base import Pass
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_exclude import Exclusion
-from effc.passes.quantize_observe import Remembered
+from effc.passes.quantize_gptq import error_spread
+from effc.passes.quantize_numbers import Floats
+from effc.passes.quantize_observe import Remembered, observe
 from effc.passes.quantize_plan import check_globs, check_nothing_left, check_unquantized
 from effc.passes.quantize_replace import Switches
 from effc.passes.quantize_schemes import Schemes
@@ -44,6 +47,7 @@ class QuantizeLinears(Pass[ir.Model, ir.Model]):
         self._schemes = schemes or Schemes(settings)
         self._remembered = remembered or Remembered()
         self._alone, self._switches = alone, switches
+        self._spreads: dict[str, Floats] = {}
 
     def requires(self, model: ir.Model) -> None:
         """Check that the graph is not quantized yet and that every glob of the recipe matches something.
@@ -54,6 +58,35 @@ class QuantizeLinears(Pass[ir.Model, ir.Model]):
         if self._alone:
             check_unquantized(model)
             check_globs(model, self.settings)
+
+    def _check_method(self) -> None:
+        """Refuse a weight method that needs data where there is none.
+
+        Raises:
+            PreconditionError: naming the method.
+        """
+        method = self.settings.weights.method
+        if method != "rtn" and self.calibration is None:
+            raise PreconditionError(
+                f"The weight method '{method}' looks at activations, and there is no calibration data.",
+                "Give --calibration, or use weights.method rtn.",
+            )
+
+    def _observe_moments(self, model: ir.Model, keys: dict[ir.Value, str]) -> None:
+        """Run the calibration data for the second moments of the values in ``keys``."""
+        assert self.calibration is not None
+        known = self._remembered
+        missing = {value: key for value, key in keys.items() if key not in known.stats or known.stats[key].gram is None}
+        if missing:
+            known.put(observe(model, missing, self.calibration, gram=True))
+
+    def _spread(self, key: str) -> Floats:
+        """How errors spread among the inputs of one activation; layers that read the same one follow each other."""
+        if key not in self._spreads:
+            gram = self._remembered.smoothed(key).gram
+            assert gram is not None
+            self._spreads = {key: error_spread(gram)}
+        return self._spreads[key]
 
     def ensures(self, model: ir.Model) -> None:
         """Check that no layer is left in fp32 without a reason.

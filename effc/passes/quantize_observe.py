@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from effc.errors import DataError
+from effc.passes.quantize_blocks import Blocks
 from effc.passes.quantize_calibrate import Batch, check_inputs, session_with_outputs, single_samples
 from effc.passes.quantize_numbers import Floats
 
@@ -54,13 +55,15 @@ class Remembered:
         stats: by the name of the first layer that reads the activation, before any smoothing.
         smoothing: the scales chosen, by the same name.
         ranges: of activations as quantized, by the same name.
-        weights: arrays of a quantized weight, by layer and mode.
+        weights: those in blocks, by layer and mode.
+        fp8: E4M3 weights and their scales, by layer.
     """
 
     stats: dict[str, ChannelStats] = field(default_factory=dict)
     smoothing: dict[str, Floats] = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    weights: dict[tuple[str, str], tuple[Array, ...]] = field(default_factory=dict)
+    weights: dict[tuple[str, str], Blocks] = field(default_factory=dict)
+    fp8: dict[str, tuple[Array, Floats]] = field(default_factory=dict)
 
     def put(self, found: dict[str, ChannelStats]) -> None:
         """Take figures of a graph that may be smoothed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from effc.suggest import did_you_mean
 
@@ -44,7 +45,7 @@ class WeightSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Literal["rtn", "awq", "gptq"] = Field(
-        "rtn", description="round to nearest; awq and gptq need calibration data"
+        "rtn", description="round to nearest; awq and gptq need calibration data; gptq is for fp8 too"
     )
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         None, description="inputs that share a scale; 32 for int4 and 128 for int8 when empty"
@@ -101,6 +102,30 @@ class QuantizationSection(BaseModel):
         if isinstance(value, float) and not 0 <= value <= 1:
             raise ValueError("an alpha lies between 0 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _options_have_a_mode(self) -> QuantizationSection:
+        if self.active:
+            for option, modes in self._asked():
+                if not self.modes & modes:
+                    heard = " and ".join(sorted(modes))
+                    raise ValueError(f"{option} is for {heard}, and no layer gets that. Leave it out")
+        return self
+
+    def _asked(self) -> Iterator[tuple[str, frozenset[str]]]:
+        """Options that were set to something, and the modes that listen to them."""
+        in_blocks, int8 = frozenset({"int8-weights", "int4-weights"}), frozenset({"int8"})
+        for name in sorted(self.weights.model_fields_set):
+            value = getattr(self.weights, name)
+            if value != type(self.weights).model_fields[name].default:
+                yield f"weights.{name} {value}", in_blocks | {"fp8"} if value == "gptq" else in_blocks
+        if self.activations != "tensor":
+            yield f"activations {self.activations}", int8
+        if self.smoothing != "none":
+            yield f"smoothing {self.smoothing}", int8
+        for name in ("bias_correction", "reduce_range"):
+            if getattr(self, name):
+                yield name, int8
 
     @property
     def active(self) -> bool:

@@ -8,23 +8,24 @@ run ten times slower than fp32. Over long inputs arithmetic counts, and ``int8``
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from effc.errors import PreconditionError
 from effc.passes.base import PassResult
-from effc.passes.quantize_blocks import Blocks, error_spread, gptq, round_to_nearest
+from effc.passes.quantize_blocks import Blocks, gptq_blocks, round_to_nearest
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_embeddings import quantize_embedding
 from effc.passes.quantize_exclude import Exclusion, Rules
-from effc.passes.quantize_find import Columns, Linear, find_embeddings
+from effc.passes.quantize_find import PART, Columns, Linear, find_embeddings
 from effc.passes.quantize_graph import Editor, initializer_bytes, replace_value
+from effc.passes.quantize_grid import own_grid
 from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import Floats
-from effc.passes.quantize_observe import Remembered, observe
+from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_plan import input_of, make_plan
 from effc.passes.quantize_replace import Switches, replace_linear
 from effc.passes.quantize_schemes import Schemes
@@ -54,7 +55,6 @@ class QuantizeWeights(QuantizeLinears):
     ):
         super().__init__(settings, calibration, schemes, remembered, alone=alone, switches=switches)
         self.bits = bits
-        self._spreads: dict[str, Floats] = {}
 
     @property
     def mode(self) -> str:
@@ -73,12 +73,7 @@ class QuantizeWeights(QuantizeLinears):
             PreconditionError: naming the node, the glob or the method.
         """
         super().requires(model)
-        method = self.settings.weights.method
-        if method != "rtn" and self.calibration is None:
-            raise PreconditionError(
-                f"The weight method '{method}' looks at activations, and there is no calibration data.",
-                "Give --calibration, or use weights.method rtn.",
-            )
+        self._check_method()
 
     def run(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize in place.
@@ -92,10 +87,11 @@ class QuantizeWeights(QuantizeLinears):
         plan = make_plan(model.graph, exclusion, embeddings=False)
         heads = [c.name for linear, _ in plan.linears for c in linear.columns if exclusion.is_head(c)]
         if self.settings.weights.method == "gptq":
-            self._observe(model, plan.keys())
+            self._observe_moments(model, plan.keys())
         keys, changed = plan.keys(), []
         errors: dict[str, float] = {}
-        made: dict[tuple[str, int, int], list[ir.Value]] = {}
+        made: dict[tuple[str, int, int], tuple[list[ir.Value], Blocks]] = {}
+        sums: dict[ir.Value, ir.Value] = {}
 
         for linear, chosen in plan.linears:
             key = keys[input_of(linear)]
@@ -104,12 +100,12 @@ class QuantizeWeights(QuantizeLinears):
                 columns: Columns, weight: Floats, bias: Floats | None, linear: Linear = linear, key: str = key
             ) -> ir.Value:
                 place = (linear.weight_name, columns.start, columns.stop)
-                bits = 8 if exclusion.is_head(columns) else self.bits
                 if place not in made:
-                    blocks = self._blocks(columns.name, weight, key, bits)
+                    bits = 8 if exclusion.is_head(columns) else self.bits
+                    blocks = self._blocks(columns.name, weight, input_of(linear), key, bits)
                     errors[columns.name] = _relative_error(blocks, weight)
-                    made[place] = _constants(editor, columns.name, blocks)
-                return self._product(editor, linear, columns, made[place], bias, bits)
+                    made[place] = _constants(editor, columns.name, blocks), blocks
+                return self._product(editor, linear, columns, *made[place], bias, sums)
 
             changed += replace_linear(editor, linear, chosen, build, self._switches)
         if self._switches is None:
@@ -123,6 +119,7 @@ class QuantizeWeights(QuantizeLinears):
             "form": f"{self.bits} bits, blocks of {self.block_size}, {self.settings.weights.method}",
             "linears": sum(len(chosen) for _, chosen in plan.linears),
             "heads_in_8_bits": heads if self.bits < 8 else [],
+            "on_their_own_grid": sum(blocks.kept for _, blocks in made.values()),
             "largest_weight_error": None if worst is None else {"layer": worst, "relative_error": errors[worst]},
             "skipped": len(plan.skipped),
             "bytes_before": before,
@@ -135,32 +132,19 @@ class QuantizeWeights(QuantizeLinears):
         rules = Rules(gated=False, heads=False)
         return Exclusion(model.graph, self.settings.exclude, self._schemes, self.mode, rules)
 
-    def _observe(self, model: ir.Model, keys: dict[ir.Value, str]) -> None:
-        assert self.calibration is not None
-        known = self._remembered
-        missing = {value: key for value, key in keys.items() if key not in known.stats or known.stats[key].gram is None}
-        if missing:
-            known.put(observe(model, missing, self.calibration, gram=True))
-
-    def _blocks(self, name: str, weight: Floats, key: str, bits: int) -> Blocks:
+    def _blocks(self, name: str, weight: Floats, value: ir.Value, key: str, bits: int) -> Blocks:
         known, place = self._remembered.weights, (name, self.mode)
         if place not in known:
             symmetric = self.settings.weights.symmetric
-            if self.settings.weights.method == "gptq" and bits == self.bits:
-                blocks = gptq(weight, self._spread(key), bits, self.block_size, symmetric)
+            # Offsets need the input in blocks, for which its rank has to be known.
+            own = own_grid(weight, self.block_size) if bits == 4 and value.shape is not None else None
+            if own is not None:
+                known[place] = own
+            elif self.settings.weights.method == "gptq" and bits == self.bits:
+                known[place] = gptq_blocks(weight, self._spread(key), bits, self.block_size, symmetric)
             else:
-                blocks = round_to_nearest(weight, bits, self.block_size, symmetric)
-            known[place] = (blocks.values, blocks.scales, *([] if blocks.zeros is None else [blocks.zeros]))
-        values, scales, *zeros = known[place]
-        return Blocks(values, scales, zeros[0] if zeros else None, bits, self.block_size, weight.shape[0])
-
-    def _spread(self, key: str) -> Floats:
-        """That of one activation; layers that read the same one follow each other."""
-        if key not in self._spreads:
-            gram = self._remembered.smoothed(key).gram
-            assert gram is not None
-            self._spreads = {key: error_spread(gram)}
-        return self._spreads[key]
+                known[place] = round_to_nearest(weight, bits, self.block_size, symmetric)
+        return known[place]
 
     def _product(
         self,
@@ -168,24 +152,36 @@ class QuantizeWeights(QuantizeLinears):
         linear: Linear,
         columns: Columns,
         constants: list[ir.Value],
+        blocks: Blocks,
         bias: Floats | None,
-        bits: int,
+        sums: dict[ir.Value, ir.Value],
     ) -> ir.Value:
         attributes = {
             "K": linear.fan_in,
             "N": columns.stop - columns.start,
-            "bits": bits,
-            "block_size": self.block_size,
+            "bits": blocks.bits,
+            "block_size": blocks.block_size,
             "accuracy_level": _ROUND_INPUTS,
         }
-        inputs = [input_of(linear), *constants]
-        node = ir.node("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB)
+        value = input_of(linear)
+        node = ir.node("MatMulNBits", [value, *constants], attributes=attributes, domain=CONTRIB)
         node.metadata_props.update(linear.node.metadata_props)
         result = node.outputs[0]
         result.shape, result.dtype = columns.output.shape, ir.DataType.FLOAT
         editor.graph.insert_before(linear.node, node)
+        addends = []
+        if blocks.offsets is not None:
+            if value not in sums:
+                sums[value] = _block_sums(editor, linear.node, value, blocks)
+            weight = editor.initializer(f"{columns.name}.weight_offset", np.ascontiguousarray(blocks.offsets.T))
+            (product,) = editor.insert(linear.node, "MatMul", [sums[value], weight], like=columns.output)
+            producer = product.producer()
+            assert producer is not None
+            producer.metadata_props[PART] = columns.name
+            addends.append(product)
         if bias is not None:
-            addend = editor.initializer(f"{columns.name}.bias", bias)
+            addends.append(editor.initializer(f"{columns.name}.bias", bias))
+        for addend in addends:
             (result,) = editor.insert(linear.node, "Add", [result, addend], like=columns.output, origin=linear.node)
         return result
 
@@ -206,6 +202,16 @@ class QuantizeWeights(QuantizeLinears):
         return changed
 
 
+def _block_sums(editor: Editor, before: ir.Node, value: ir.Value, blocks: Blocks) -> ir.Value:
+    """The sum of each block of inputs, ``[..., blocks]``."""
+    assert value.shape is not None
+    sizes = [*[0] * (len(value.shape) - 1), blocks.fan_in // blocks.block_size, blocks.block_size]
+    shape = editor.initializer(f"{value.name}_blocks", np.array(sizes, np.int64))
+    apart = editor.insert(before, "Reshape", [value, shape])
+    axis = editor.initializer(f"{value.name}_block_axis", np.array([-1], np.int64))
+    return editor.insert(before, "ReduceSum", [*apart, axis], {"keepdims": 0})[0]
+
+
 def _constants(editor: Editor, name: str, blocks: Blocks) -> list[ir.Value]:
     arrays: dict[str, npt.NDArray[Any]] = {f"int{blocks.bits}": blocks.values, "scale": blocks.scales.reshape(-1)}
     if blocks.zeros is not None:
@@ -216,13 +222,11 @@ def _constants(editor: Editor, name: str, blocks: Blocks) -> list[ir.Value]:
 def _relative_error(blocks: Blocks, weight: Floats) -> float:
     # The largest tables hold gigabytes; some of their columns say as much.
     step = max(1, weight.shape[1] // 512)
-    part = Blocks(
-        blocks.values[::step],
-        blocks.scales[::step],
-        None if blocks.zeros is None else blocks.zeros[::step],
-        blocks.bits,
-        blocks.block_size,
-        blocks.fan_in,
-    )
+    cut = {
+        name: array[::step]
+        for name in ("values", "scales", "zeros", "offsets")
+        if (array := getattr(blocks, name)) is not None
+    }
+    part = replace(blocks, **cut)
     wanted = weight[:, ::step]
     return float(np.linalg.norm(part.floats() - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
