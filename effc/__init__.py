@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from effc.compiler.attention_pictures import attention_picture as attention_picture
     from effc.compiler.attention_search import search_attention as search_attention
     from effc.compiler.bench import bench as bench
+    from effc.compiler.compare import Comparison as Comparison
+    from effc.compiler.compare import compare as compare
     from effc.compiler.distill import Distilled as Distilled
     from effc.compiler.distill import distill as distill
     from effc.compiler.pipeline import Artifact as Artifact
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Artifact": "effc.compiler.pipeline",
     "compile": "effc.compiler.pipeline",
+    "compare": "effc.compiler.compare",
+    "Comparison": "effc.compiler.compare",
     "distill": "effc.compiler.distill",
     "Distilled": "effc.compiler.distill",
     "load_checkpoint": "effc.compiler.pruned_checkpoint",

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,27 @@ def bench(
             f"Not met: {record.speedup[longest]:.2f}x at {longest} tokens, below {require_speedup:g}x.", err=True
         )
         return 1
+    return 0
+
+
+@main.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--length", type=int, help="Tokens at which speed counts; the longest that all were timed at by default.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write .html, .md, .json or .svg (the plot) too.")
+@_common
+def compare(
+    artifacts: tuple[Path, ...], length: int | None, output: Path | None, as_json: bool, quiet: bool, debug: bool
+) -> int:
+    """Set artifacts of one model side by side: quality against speed, and which of them no other one beats."""
+    from effc.compiler.compare import compare as run
+
+    comparison = run(artifacts, length)
+    if output is not None:
+        comparison.save(output)
+    if as_json:
+        _print_json(asdict(comparison))
+    elif not quiet:
+        _show_comparison(comparison)
     return 0
 
 
@@ -809,6 +831,15 @@ def _show_benchmark(record: BenchRecord | None) -> None:
             f"{record.memory_ratio[length]:.2f}x",
         )
     Console().print(table)
+
+
+def _show_comparison(comparison: Any) -> None:
+    table = Table("artifact", "flags", "quality drop", "speed-up", "memory", "MB", title=comparison.source)
+    for one in comparison.contenders:
+        figures = [f"{one.speedup:.2f}x", f"{one.memory_ratio:.2f}x", f"{one.bytes / 1e6:.0f}"]
+        table.add_row(one.name, one.flags, f"{one.quality_drop:.4f}", *figures, style="bold" if one.on_front else None)
+    Console().print(table)
+    click.echo(comparison.caption)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def latency(bench: BenchRecord) -> Markup | None:
     lengths = measured_lengths(bench)
     if len(lengths) < 2:
         return None
-    figure, axes = _canvas("latency")
+    figure, axes = canvas("latency")
     for timings, colour, marker in ((bench.dense, DENSE, "s"), (bench.compiled, COMPILED, "o")):
         points = [timings[str(length)] for length in lengths]
         axes.plot(lengths, [p.cpu_ms_min for p in points], marker, color=colour, alpha=0.4, markersize=4, linestyle="")
@@ -101,7 +101,7 @@ def speedup(bench: BenchRecord, required: float | None) -> Markup:
     """One bar per length: dense CPU time over compiled CPU time. Bars below 1 are drawn in the colour of a loss."""
     lengths = measured_lengths(bench)
     values = [bench.speedup[str(length)] for length in lengths]
-    figure, axes = _canvas("speedup")
+    figure, axes = canvas("speedup")
     bars = axes.bar(range(len(lengths)), values, 0.62, color=[LOSS if v < 1 else COMPILED for v in values])
     for label in axes.bar_label(bars, [f"{v:.2f}×" for v in values], padding=3, color=FG, fontsize=_fit(lengths)):
         label.set(fontweight="bold", bbox={"facecolor": CARD, "edgecolor": "none", "pad": 0.6})
@@ -121,7 +121,7 @@ def speedup(bench: BenchRecord, required: float | None) -> Markup:
 def memory(bench: BenchRecord) -> Markup:
     """Peak resident memory of each process per length, MiB, dense beside compiled."""
     lengths = measured_lengths(bench)
-    figure, axes = _canvas("memory")
+    figure, axes = canvas("memory")
     for offset, timings, colour in ((-0.2, bench.dense, DENSE), (0.2, bench.compiled, COMPILED)):
         values = [timings[str(length)].peak_rss_mib for length in lengths]
         bars = axes.bar([i + offset for i in range(len(lengths))], values, 0.37, color=colour)
@@ -301,10 +301,11 @@ def timing_pairs(bench: BenchRecord) -> list[tuple[int, Timing, Timing]]:
     return [(length, bench.dense[str(length)], bench.compiled[str(length)]) for length in measured_lengths(bench)]
 
 
-def _canvas(salt: str) -> tuple[Figure, Axes]:
+def canvas(salt: str, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """An empty figure in the page's style, inches wide and high."""
     # Element ids are hashes of their content and this salt: equal content in two figures of one page must not clash.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
 
 
