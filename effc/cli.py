@@ -142,6 +142,7 @@ def main() -> None:
 @click.option("--quant-layer", multiple=True, help="GLOB=MODE for layers of their own; first match counts; repeatable.")
 @click.option("--quant-smoothing", help="SmoothQuant for int8: auto, or an alpha such as 0.5.")
 @click.option("--quant-activations", help="Scales of INT8 inputs: tensor or token.")
+@click.option("--quant-kv-cache", help="What generate() keeps keys and values in: fp32, fp16 or int8.")
 @click.option("--quant-weights", help="How int4-weights and int8-weights round: rtn, awq or gptq.")
 @click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
 @click.option("--calibration", type=click.Path(), help="Text, .jsonl, .csv or hf:NAME for quantization and pruning.")
@@ -248,6 +249,7 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(False if flags["no_generation"] else None, "generation", "enabled")
     put(flags["checkpoint"], "checkpoint", "enabled")
     put(flags["require_speedup"], "require", "min_speedup")
+    put(flags["quant_kv_cache"], "quantization", "kv_cache")
     put(flags["max_quality_drop"], "require", "max_quality_drop")
     base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
     return build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")

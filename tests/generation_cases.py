@@ -98,10 +98,10 @@ class ToyModel:
         attach_bodies(model)
         return model
 
-    def generator(self, folder: Path) -> tuple[Generator, GenerationRecord]:
+    def generator(self, folder: Path, kept_in: str = "fp32") -> tuple[Generator, GenerationRecord]:
         """The generating graph in plain ONNX Runtime."""
         graph = self.graph()
-        groups, layers = add_caches(graph)
+        groups, layers = add_caches(graph, kept_in)
         record = record_of(_Ends(), None, groups, layers, 0)
         proto = ir.serde.serialize_model(graph)
         onnx.save(proto, folder / "generation.onnx")

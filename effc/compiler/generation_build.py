@@ -29,7 +29,7 @@ from effc.compiler.manifest import (
 from effc.compiler.metrics import deviation
 from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.compiler.source import SourceModel
-from effc.errors import PassFailedError, PreconditionError
+from effc.errors import PassFailedError, PreconditionError, UsageError
 from effc.exporters.generation_derive import keep_last_position, take_positions
 from effc.exporters.generation_export import export_for_generation, positions_of, takes_positions
 from effc.exporters.generation_graph import CachedLayer, CacheGroup, add_caches
@@ -63,6 +63,7 @@ def add_generation(
     directory: Path,
     schemes: Schemes | None = None,
     remembered: Remembered | None = None,
+    kept_in: str = "fp32",
 ) -> tuple[GenerationRecord, OutputDeviation, bool]:
     """Put the generating graph beside the forward graph of an artifact.
 
@@ -75,6 +76,7 @@ def add_generation(
         directory: holds the finished ``model.onnx``.
         schemes: the mode of every layer, where a search has chosen it.
         remembered: what quantizing the forward graph has found.
+        kept_in: what keys and values are kept in.
 
     Returns:
         the record for ``effc.json``, how far the finished graph is from torch with the same attention, and whether
@@ -82,6 +84,7 @@ def add_generation(
 
     Raises:
         PreconditionError: if the model cannot generate from caches; says why.
+        UsageError: if no layer keeps keys and values that could be kept in another type.
         PassFailedError: if torch cannot export it, or the finished graph computes something else.
     """
     graph, hit = forward_graph(source, layers, exported)
@@ -90,12 +93,18 @@ def add_generation(
     if quantization is not None:
         given = None if calibration is None else list(_with_positions(calibration))
         quantize(graph, quantization, given, schemes, remembered)
-    groups, cached_layers = add_caches(graph)
+    groups, cached_layers = add_caches(graph, kept_in)
+    if kept_in != "fp32" and all(layer.kept_in == "fp32" for layer in cached_layers):
+        raise UsageError(
+            f"No layer keeps keys and values in slots that could be {kept_in}: {groups[0].pattern} does not.",
+            "Leave quantization.kv_cache out, or use a pattern such as local:1024.",
+        )
     path = directory / GENERATION_NAME
     shared = save_sharing_weights(graph, path, directory / MODEL_NAME)
     record = record_of(source.model, source.processor, groups, cached_layers, shared)
     found = _proof(source, record, path)
-    if not (found.relative_error <= _FAITHFUL if quantization is None else np.isfinite(found.relative_error)):
+    exact = quantization is None and kept_in == "fp32"
+    if not (found.relative_error <= _FAITHFUL if exact else np.isfinite(found.relative_error)):
         raise PassFailedError(
             f"The finished graph is off by {found.relative_error:.2g} from {type(source.model).__name__} in torch when "
             "it writes token by token.",
@@ -207,6 +216,7 @@ def record_of(
         groups=[_group_record(group) for group in groups],
         layers=[
             CachedLayerRecord(
+                kept_in=layer.kept_in,
                 layer=layer.name,
                 group=layer.group,
                 num_heads=layer.num_heads,

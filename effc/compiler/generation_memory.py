@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effc.plugins.caches import SlotCache, visible_slots
+from effc.plugins.caches import SlotCache, slot_arrays, visible_slots
 from effc.plugins.forms.registry import parse_pattern
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HIDDEN = np.float32(-1e30)
 # Caches without a bound grow by this many slots: rarely enough for the copy, and few enough to be read for nothing.
 _GROWTH = 256
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Feeds = dict[str, NDArray[np.generic]]
 Mask = NDArray[np.bool_]
 
@@ -132,14 +132,15 @@ class _Slots(_Part):
     def fill_with_noise(self, generator: np.random.Generator, length: int) -> None:
         self._reserve(self._cache.slots(length))
         for array in self.arrays.values():
-            generator.standard_normal(dtype=np.float32, out=array)
+            noise = generator.standard_normal(array.shape, dtype=np.float32)
+            array[:] = noise if array.dtype.kind == "f" else np.rint(40 * noise).clip(-127, 127)
 
     def prompt_feeds(self, length: int) -> Feeds:
         # The branch that runs over a prompt reads no cache, but a graph wants its inputs.
         feeds: Feeds = {
-            f"past_{what}.{number}": np.zeros((self.batch, layer.kv_heads, 1, layer.head_dim), np.float32)
+            f"past_{what}.{number}": np.zeros((self.batch, layer.kv_heads, 1, width), kind)
             for number, layer in self.layers
-            for what in ("key", "value")
+            for what, (width, kind) in slot_arrays(layer.head_dim, layer.kept_in).items()
         }
         columns = np.zeros(2, np.int64)
         feeds |= self._group_feeds(np.ones((self.batch, 2), dtype=bool), columns, self._cache.positions(length))
@@ -149,8 +150,8 @@ class _Slots(_Part):
         filled = self._cache.slots(length)
         self._reserve(filled)
         for number, layer in self.layers:
-            for what in ("key", "value"):
-                handed = outputs[f"new_{what}.{number}"].reshape(self.batch, filled, layer.kv_heads, layer.head_dim)
+            for what, (width, _) in slot_arrays(layer.head_dim, layer.kept_in).items():
+                handed = outputs[f"new_{what}.{number}"].reshape(self.batch, filled, layer.kv_heads, width)
                 self.arrays[f"past_{what}.{number}"][:, :, :filled] = handed.transpose(0, 2, 1, 3)
 
     def step_feeds(self, tokens: NDArray[np.int64], mask: Mask) -> Feeds:
@@ -170,8 +171,8 @@ class _Slots(_Part):
         slot = self._cache.slot(position)
         self._reserve(slot + 1)
         for number, layer in self.layers:
-            for what in ("key", "value"):
-                handed = outputs[f"new_{what}.{number}"].reshape(self.batch, layer.kv_heads, layer.head_dim)
+            for what, (width, _) in slot_arrays(layer.head_dim, layer.kept_in).items():
+                handed = outputs[f"new_{what}.{number}"].reshape(self.batch, layer.kv_heads, width)
                 self.arrays[f"past_{what}.{number}"][:, :, slot] = handed
 
     def _group_feeds(self, visible: Mask, distance: NDArray[np.int64], kept: NDArray[np.int64]) -> Feeds:
@@ -191,9 +192,9 @@ class _Slots(_Part):
         if self._cache.bound is not None:
             capacity = min(capacity, self._cache.bound)
         for number, layer in self.layers:
-            for what in ("key", "value"):
+            for what, (width, kind) in slot_arrays(layer.head_dim, layer.kept_in).items():
                 name = f"past_{what}.{number}"
-                grown = np.zeros((self.batch, layer.kv_heads, capacity, layer.head_dim), np.float32)
+                grown: Array = np.zeros((self.batch, layer.kv_heads, capacity, width), kind)
                 if self._capacity:
                     grown[:, :, : self._capacity] = self.arrays[name]
                 self.arrays[name] = grown

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from effc.compiler.generation import Generator, Prompt
 from effc.compiler.generation_memory import HIDDEN, Array, Feeds, Memory
-from effc.plugins.caches import SlotCache, visible_slots
+from effc.plugins.caches import SlotCache, slot_arrays, visible_slots
 from effc.plugins.forms.registry import parse_pattern
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ class _SlotRows:
         self._marked = np.array([token for token in self._pattern.tokens if isinstance(token, int)], dtype=np.int64)
         self._slots = 0
         self.arrays: dict[str, Array] = {
-            f"past_{what}.{layer}": np.zeros((capacity, record.kv_heads, 0, record.head_dim), np.float32)
+            f"past_{what}.{layer}": np.zeros((capacity, record.kv_heads, 0, width), kind)
             for layer, record in layers
-            for what in ("key", "value")
+            for what, (width, kind) in slot_arrays(record.head_dim, record.kept_in).items()
         }
 
     def take(self, row: int, arrays: dict[str, Array], length: int) -> None:
@@ -197,8 +197,8 @@ class _SlotRows:
         slots = [self._cache.slot(int(position)) for position in positions]
         self._reserve(max(slots) + 1)
         for layer, record in self._layers:
-            for what in ("key", "value"):
-                handed = outputs[f"new_{what}.{layer}"].reshape(len(slots), record.kv_heads, record.head_dim)
+            for what, (width, _) in slot_arrays(record.head_dim, record.kept_in).items():
+                handed = outputs[f"new_{what}.{layer}"].reshape(len(slots), record.kv_heads, width)
                 array = self.arrays[f"past_{what}.{layer}"]
                 for row, slot in enumerate(slots):
                     array[row, :, slot] = handed[row]
@@ -216,7 +216,7 @@ class _SlotRows:
         if self._cache.bound is not None:
             room = min(room, self._cache.bound)
         for name, array in self.arrays.items():
-            grown = np.zeros((*array.shape[:2], room, array.shape[3]), np.float32)
+            grown = np.zeros((*array.shape[:2], room, array.shape[3]), array.dtype)
             grown[:, :, : self._slots] = array
             self.arrays[name] = grown
         self._slots = room

@@ -214,6 +214,7 @@ class CachedLayerRecord(Record):
     num_heads: int
     kv_heads: int
     head_dim: int
+    kept_in: Literal["fp32", "fp16", "int8"] = "fp32"
 
 
 class GenerationRecord(Record):

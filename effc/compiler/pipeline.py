@@ -237,6 +237,7 @@ def run(
     with log.step("load"):
         source = load(locate(recipe.model))
     generates = recipe.generation.enabled and source.task.name == "causal-lm"
+    _check_kv_cache(recipe, generates)
     log.steps += generates
     if recipe.checkpoint.enabled:
         check_savable(source)
@@ -373,6 +374,16 @@ def run(
     return Artifact(output, manifest, tuple(_unmet(recipe, manifest, rewritten)))
 
 
+def _check_kv_cache(recipe: Recipe, generates: bool) -> None:
+    kept_in = recipe.quantization.kv_cache
+    if kept_in != "fp32" and not (generates and recipe.target == "onnxruntime"):
+        raise UsageError(
+            f"quantization.kv_cache {kept_in} is for models that write text on the target onnxruntime, with a "
+            "generating graph.",
+            "Leave it out.",
+        )
+
+
 def _generation(
     source: SourceModel,
     layers: list[AttentionLayer],
@@ -387,7 +398,16 @@ def _generation(
     started = time.perf_counter()
     quantization = recipe.quantization if recipe.quantization.active else None
     try:
-        record, proof, hit = add_generation(source, layers, quantization, calibration, exported, staging, *quantized)
+        record, proof, hit = add_generation(
+            source,
+            layers,
+            quantization,
+            calibration,
+            exported,
+            staging,
+            *quantized,
+            kept_in=recipe.quantization.kv_cache,
+        )
     except PreconditionError as error:
         result: PassResult[Any] = PassResult(None, False, skipped=[(type(source.model).__name__, error.problem)])
         log.add("generation", GENERATION_VERSION, started, result)

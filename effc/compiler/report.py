@@ -55,6 +55,7 @@ FLAGS = {
     "quantization.activations": "--quant-activations",
     "quantization.weights.method": "--quant-weights",
     "target": "--target",
+    "quantization.kv_cache": "--quant-kv-cache",
     "model.task": "--task",
     "model.revision": "--revision",
     "quantization.calibration.data": "--calibration",

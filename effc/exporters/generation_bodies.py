@@ -6,7 +6,8 @@ against the cache and the one score against the new key are joined, which is a f
 taken apart again for the two sums over values. The caller writes the new key and value into their slot afterwards.
 
 Inputs: ``query [batch, 1, heads * head_dim]``, ``key`` and ``value [batch, 1, kv_heads * head_dim]``, ``past_key`` and
-``past_value [batch, kv_heads, slots, head_dim]``, ``bias [batch, 1, 1, slots + 1]`` (0 where the query sees a slot and,
+``past_value [batch, kv_heads, slots, head_dim]`` (for an INT8 cache also ``past_key_scale`` and ``past_value_scale
+[batch, kv_heads, slots, 1]``), ``bias [batch, 1, 1, slots + 1]`` (0 where the query sees a slot and,
 last, itself; -1e30 elsewhere), and for models with a position bias ``distance [slots + 1]`` (slot's position less the
 query's) with ``distance_bias`` or ``distance_slope``. Output: ``[batch, 1, heads * head_dim]``.
 """
@@ -29,12 +30,13 @@ HIDDEN = -1e30
 DISTANCE_INPUTS = ("distance_bias", "distance_slope")
 
 
-def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.Function:
+def cached_attention(geometry: AttentionGeometry, given: frozenset[str], kept_in: str = "fp32") -> ir.Function:
     """The function for one layer geometry.
 
     Args:
         geometry: of the layer's operator; its form is a pattern.
         given: which of ``distance_bias`` and ``distance_slope`` the operator has.
+        kept_in: type of the cache, one of ``effc.plugins.caches.CACHE_TYPES``.
     """
     heads, kv, dim = geometry.num_heads, geometry.kv_heads, geometry.head_dim
     groups = heads // kv
@@ -51,7 +53,9 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.F
     query_heads = Reshape (query, query_shape)
     own_key = Reshape (key, own_shape)
     own_value = Reshape (value, own_shape)
-    past_scores = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = {scale}> (query_heads, past_key)
+    {_FLOATS[kept_in]}
+    stored_scores = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = {scale}> (query_heads, key_floats)
+    {_SCALED_SCORES if kept_in == "int8" else "past_scores = Identity (stored_scores)"}
     own_score = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = {scale}> (query_heads, own_key)
     scores = Concat <axis: int = -1> (past_scores, own_score)
     biased = Add (scores, bias)
@@ -59,7 +63,8 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.F
     weights = Softmax <axis: int = -1> ({"placed" if distances else "biased"})
     past_weights = Slice (weights, zero, minus_one, minus_one)
     own_weight = Slice (weights, minus_one, end, minus_one)
-    past_sum = MatMul (past_weights, past_value)
+    {_SCALED_WEIGHTS if kept_in == "int8" else "stored_weights = Identity (past_weights)"}
+    past_sum = MatMul (stored_weights, value_floats)
     own_sum = Mul (own_weight, own_value)
     attended = Add (past_sum, own_sum)
     {_GUARD if guarded else ""}
@@ -72,10 +77,12 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.F
         "value",
         "past_key",
         "past_value",
+        *(["past_key_scale", "past_value_scale"] if kept_in == "int8" else []),
         "bias",
         *(["distance", *distances] if distances else []),
     ]
     overload = "_".join([f"h{heads}_kv{kv}_d{dim}_s{scale.replace('.', 'p')}", *distances, *(["guarded"] * guarded)])
+    overload += "" if kept_in == "fp32" else f"_{kept_in}"
     proto = parser.parse_function(
         f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
         f"{CACHED_ATTENTION} ({', '.join(inputs)}) => (output)\n{{{text}}}"
@@ -84,6 +91,28 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str]) -> ir.F
         node.name = node.output[0]
     return ir.serde.deserialize_function(proto)
 
+
+_CASTS = """
+    key_floats = Cast <to: int = 1> (past_key)
+    value_floats = Cast <to: int = 1> (past_value)
+"""
+_FLOATS = {
+    "fp32": """
+    key_floats = Identity (past_key)
+    value_floats = Identity (past_value)
+""",
+    "fp16": _CASTS,
+    "int8": _CASTS,
+}
+# A scale belongs to a whole key and a whole value, so that it can multiply one score and one weight instead.
+_SCALED_SCORES = """
+    key_scale_row = Transpose <perm: ints = [0, 1, 3, 2]> (past_key_scale)
+    past_scores = Mul (stored_scores, key_scale_row)
+"""
+_SCALED_WEIGHTS = """
+    value_scale_row = Transpose <perm: ints = [0, 1, 3, 2]> (past_value_scale)
+    stored_weights = Mul (past_weights, value_scale_row)
+"""
 
 _GUARD = f"""
     seen_most = ReduceMax <keepdims: int = 1> (bias, minus_one)

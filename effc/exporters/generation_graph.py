@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from effc.errors import PreconditionError
 from effc.exporters.generation_bodies import DISTANCE_INPUTS, cached_attention, recurrent_attention
-from effc.plugins.caches import Cache, OrderedCache, SlotCache, StateCache, cache_of
+from effc.plugins.caches import Cache, OrderedCache, SlotCache, StateCache, cache_of, slot_arrays
 from effc.plugins.function_body import geometry_of, is_attention
 from effc.plugins.operator import AttentionGeometry, optional_inputs
 
@@ -53,22 +53,31 @@ class CacheGroup:
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One operator with its cache; ``name`` is that of the torch module, its number the suffix of its inputs."""
+    """One operator with its cache; ``name`` is that of the torch module, its number the suffix of its inputs.
+
+    Attributes:
+        kept_in: type of its cache.
+    """
 
     name: str
     group: int
     num_heads: int
     kv_heads: int
     head_dim: int
+    kept_in: str = "fp32"
 
 
-def add_caches(model: ir.Model) -> tuple[list[CacheGroup], list[CachedLayer]]:
+def add_caches(model: ir.Model, kept_in: str = "fp32") -> tuple[list[CacheGroup], list[CachedLayer]]:
     """Give every attention operator of a forward graph its cache, in place.
+
+    Args:
+        kept_in: what keys and values in slots are kept in, one of ``effc.plugins.caches.CACHE_TYPES``; other caches
+            are fp32.
 
     Raises:
         PreconditionError: if an operator looks ahead, or there is none.
     """
-    surgeon = _Surgeon(model)
+    surgeon = _Surgeon(model, kept_in)
     nodes = [node for node in model.graph if is_attention(node)]
     if not nodes:
         raise PreconditionError("No attention layer of this model is an operator of effc, so none can be cached.")
@@ -79,7 +88,8 @@ def add_caches(model: ir.Model) -> tuple[list[CacheGroup], list[CachedLayer]]:
 
 
 class _Surgeon:
-    def __init__(self, model: ir.Model):
+    def __init__(self, model: ir.Model, kept_in: str):
+        self._kept_in = kept_in
         self.groups: list[CacheGroup] = []
         self.layers: list[CachedLayer] = []
         self._model, self._graph = model, model.graph
@@ -104,7 +114,14 @@ class _Surgeon:
             self.groups.append(group)
         place = self.groups.index(group)
         self.layers.append(
-            CachedLayer(node.name or "", place, geometry.num_heads, geometry.kv_heads, geometry.head_dim)
+            CachedLayer(
+                node.name or "",
+                place,
+                geometry.num_heads,
+                geometry.kv_heads,
+                geometry.head_dim,
+                self._kept_in if isinstance(cache, SlotCache) else "fp32",
+            )
         )
         if isinstance(cache, SlotCache):
             self._slots(number, place, node, geometry, given, cache)
@@ -122,22 +139,25 @@ class _Surgeon:
         given: dict[str, ir.Value],
         cache: SlotCache,
     ) -> None:
-        shape: list[int | str] = ["batch", geometry.kv_heads, f"slots.{place}", geometry.head_dim]
-        past = [self._input(f"past_{what}.{number}", ir.DataType.FLOAT, shape) for what in ("key", "value")]
+        shape: list[int | str] = ["batch", geometry.kv_heads, f"slots.{place}"]
+        past = [
+            self._input(f"past_{what}.{number}", ir.DataType.from_numpy(kind), [*shape, width])
+            for what, (width, kind) in slot_arrays(geometry.head_dim, self._kept_in).items()
+        ]
         bias = self._input(f"bias.{place}", ir.DataType.FLOAT, ["batch", 1, 1, f"columns.{place}"])
         distances = {name: given[name] for name in DISTANCE_INPUTS if name in given}
         own = node.inputs[1:3]
         inputs = [*node.inputs[:3], *past, bias]
         if distances:
             inputs += [self._input(f"distance.{place}", ir.DataType.INT64, [f"columns.{place}"]), *distances.values()]
-        function = cached_attention(geometry, frozenset(distances))
+        function = cached_attention(geometry, frozenset(distances), self._kept_in)
         self._branch(node, function, inputs)
         kept = None
         if cache.bound is not None:
             kept = self._input(f"kept.{place}", ir.DataType.INT64, [f"kept_length.{place}"])
         for what, states in zip(("key", "value"), own, strict=True):
             assert states is not None
-            self._hand_out(f"new_{what}.{number}", states, kept)
+            self._hand_out(what, number, states, kept, geometry)
 
     def _ordered(self, number: int, node: ir.Node, geometry: AttentionGeometry, cache: OrderedCache) -> None:
         own_query, width = node.inputs[0], geometry.kv_heads * geometry.head_dim
@@ -256,8 +276,10 @@ class _Surgeon:
             self._named[name] = value
         return self._named[name]
 
-    def _hand_out(self, name: str, value: ir.Value, kept: ir.Value | None) -> None:
-        """Make a value of the graph, or the rows of it that are kept, an output."""
+    def _hand_out(
+        self, what: str, number: int, value: ir.Value, kept: ir.Value | None, geometry: AttentionGeometry
+    ) -> None:
+        """Make keys or values ``[batch, length, kv_heads * head_dim]``, or the rows that are kept, an output."""
         last = value.producer()
         # Not the value itself where all is kept: parts of a layer's heads may share one.
         gather = ir.node("Identity", [value]) if kept is None else ir.node("Gather", [value, kept], {"axis": 1})
@@ -265,12 +287,22 @@ class _Surgeon:
         if kept is not None and value.shape is not None:
             assert kept.shape is not None
             gather.outputs[0].shape = ir.Shape([value.shape[0], kept.shape[0], value.shape[2]])
-        gather.outputs[0].name = name
+        made = [gather]
+        outputs = {f"new_{what}.{number}": gather.outputs[0]}
+        if self._kept_in == "fp16":
+            made.append(ir.node("Cast", [gather.outputs[0]], {"to": ir.DataType.FLOAT16}))
+            outputs = {f"new_{what}.{number}": _typed(made[-1].outputs[0], ir.DataType.FLOAT16)}
+        elif self._kept_in == "int8":
+            rounded, codes, scale = _rounded(gather.outputs[0], geometry)
+            made += rounded
+            outputs = {f"new_{what}.{number}": codes, f"new_{what}_scale.{number}": scale}
         if last is None:
-            self._graph.insert_before(self._graph[0], gather)
+            self._graph.insert_before(self._graph[0], made)
         else:
-            self._graph.insert_after(last, gather)
-        self._graph.outputs.append(gather.outputs[0])
+            self._graph.insert_after(last, made)
+        for name, output in outputs.items():
+            output.name = name
+            self._graph.outputs.append(output)
 
     def _before(
         self,
@@ -287,6 +319,29 @@ class _Surgeon:
             made.outputs[0].shape = ir.Shape([like.shape[0], None, like.shape[2]])
         self._graph.insert_before(node, made)
         return made.outputs[0]
+
+
+def _rounded(value: ir.Value, geometry: AttentionGeometry) -> tuple[list[ir.Node], ir.Value, ir.Value]:
+    """Nodes that round states to INT8, the codes ``[batch, length, kv_heads, head_dim]``, their scales ``[..., 1]``."""
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value, **attributes: int | list[int] | float) -> ir.Value:
+        nodes.append(ir.node(op_type, list(inputs), attributes))
+        return nodes[-1].outputs[0]
+
+    shape = add("Constant", value_ints=[0, 0, geometry.kv_heads, geometry.head_dim])
+    heads = add("Reshape", value, shape)
+    peak = add("ReduceMax", add("Abs", heads), add("Constant", value_ints=[-1]), keepdims=1)
+    scale = add("Max", add("Mul", peak, add("Constant", value_float=1 / 127)), add("Constant", value_float=1e-12))
+    codes = add("Cast", add("Round", add("Div", heads, scale)), to=int(ir.DataType.INT8))
+    sizes: list[int | str | None] = ["batch", None, geometry.kv_heads]
+    codes.shape, scale.shape = ir.Shape([*sizes, geometry.head_dim]), ir.Shape([*sizes, 1])
+    return nodes, _typed(codes, ir.DataType.INT8), _typed(scale, ir.DataType.FLOAT)
+
+
+def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    value.dtype = dtype
+    return value
 
 
 def _like(value: ir.Value, other: ir.Value) -> None:

@@ -76,6 +76,9 @@ class QuantizationSection(BaseModel):
     bias_correction: bool = Field(
         False, description="add what INT8 changes in the mean of each output; needs calibration data"
     )
+    kv_cache: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32", description="what generate() keeps keys and values in; int8 with a scale per position and head"
+    )
     weights: WeightSection = WeightSection()
     calibration: CalibrationSection = CalibrationSection()
 

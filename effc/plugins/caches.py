@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,23 @@ from effc.plugins.forms.content import BlockTopK
 from effc.plugins.forms.linear import EMPTY_STABILISER, LinearForm
 from effc.plugins.forms.terms import Block, Dense, Dilated, Global, Local, Sinks, Strided, Term
 from effc.plugins.pattern import Pattern
+
+CACHE_TYPES = ("fp32", "fp16", "int8")
+"""What keys and values in slots are kept in. ``int8`` has a scale for each position and head."""
+
+
+def slot_arrays(head_dim: int, kept_in: str) -> dict[str, tuple[int, np.dtype[Any]]]:
+    """Width and type of what is kept of one position and key/value head, by the names of a graph's inputs.
+
+    Args:
+        head_dim: of the layer.
+        kept_in: one of :data:`CACHE_TYPES`.
+    """
+    kind = np.dtype({"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[kept_in])
+    arrays = {what: (head_dim, kind) for what in ("key", "value")}
+    if kept_in == "int8":
+        arrays |= {f"{what}_scale": (1, np.dtype(np.float32)) for what in ("key", "value")}
+    return arrays
 
 
 @dataclass(frozen=True)

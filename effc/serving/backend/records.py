@@ -30,6 +30,7 @@ class CachedLayer:
     num_heads: int
     kv_heads: int
     head_dim: int
+    kept_in: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,4 @@ class Generation:
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: values[field.name] for field in fields(kind)}
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
