@@ -701,6 +701,40 @@ def serve(
 def load_test(url: str, save: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     """Send texts to a model that is served at URL and measure; exit 1 if a request failed."""
     from effc.serving.load_test import load_test as run
+@main.command()
+@click.argument("uri", required=False)
+@click.option("--values", type=click.Path(path_type=Path), help="YAML file, laid out like a Helm chart's values.")
+@click.option("--show-values", is_flag=True, help="Print every value with its default.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the manifest here; printed otherwise.")
+@_common
+def kubernetes(
+    uri: str | None,
+    values: Path | None,
+    show_values: bool,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> int:
+    """Write Kubernetes objects that serve a repository from object storage, s3://BUCKET/PATH for one."""
+    from effc.serving.kubernetes import describe_values, manifest, read_values
+
+    if show_values:
+        click.echo(describe_values(), nl=False)
+        return 0
+    settings = read_values(uri, values)
+    text = manifest(settings)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    if as_json:
+        _print_json({"values": _plain(settings), "manifest": text})
+    elif output is None:
+        click.echo(text, nl=False)
+    elif not quiet:
+        click.echo(f"{output}: copy the repository to {settings.storage.uri}, then kubectl apply -f {output}")
+    return 0
+
+
 
     with _progress(not (quiet or as_json)) as progress:
         result = run(url, progress=progress, **options)
