@@ -586,6 +586,7 @@ def _serving(flags: dict[str, Any]) -> Any:
         name, found, path = text.partition("=")
         if not found:
             raise UsageError(f"'{text}' names no variant.", "Write, for example, --variant dense=other.effc.")
+        click.option("--latency-budget-ms", type=float, help="Take the best variant that answers within this time."),
         variants[name] = Path(path)
     return ServingOptions(**{**flags, "variants": variants, "instances": Instances.parse(flags["instances"])})
 

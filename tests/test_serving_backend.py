@@ -19,7 +19,7 @@ from effc.compiler.runtime import read_manifest
 from effc.errors import EffcError, OutputError, UsageError
 from effc.serving.backend.forward import Forward, ForwardSettings
 from effc.serving.backend.heads import classify, embed, labels_of, tag
-from effc.serving.backend.route import Router
+from effc.serving.backend.route import Budget, Router
 from effc.serving.backend.text_stream import TextStream
 from effc.serving.backend.tokens import TextEncoder, TokenizerSettings
 from effc.serving.backend.version import texts
@@ -200,6 +200,20 @@ class TestRouter:
         assert router.choose(32) == "short"
         assert router.choose(33) == "long"
         assert self.router.choose(5000) == "sparse"
+
+    def test_the_best_variant_that_keeps_the_budget_is_chosen(self):
+        times = {"dense": {100: 10.0, 200: 30.0}, "wide": {100: 8.0, 200: 16.0}, "narrow": {100: 5.0, 200: 10.0}}
+        drops = {"dense": 0.0, "wide": 0.01, "narrow": 0.05}
+        router = Router(times, dict.fromkeys(times), Budget(20.0, drops, parallel=2))
+        assert router.choose(100) == "dense"
+        assert router.choose(200) == "wide"
+        assert router.choose(200, waiting=10.0) == "narrow"
+        # Two at a time: the wait is half of what is waiting.
+        assert router.choose(100, waiting=20.0) == "dense" and router.choose(100, waiting=21.0) == "wide"
+        assert router.choose(100, rows=2) == "dense" and router.choose(100, rows=3) == "narrow"
+        # Where nothing keeps it, the fastest comes nearest.
+        assert router.choose(400) == "narrow" and router.choose(100, waiting=1000.0) == "narrow"
+        assert Router(times, {**dict.fromkeys(times), "narrow": 150}, Budget(1.0, drops)).choose(200) == "wide"
 
 
 @pytest.mark.parametrize("kind", KINDS)

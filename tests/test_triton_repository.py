@@ -229,6 +229,37 @@ def test_variants_get_a_router_with_their_measured_times(tmp_path):
     assert [entry.name for entry in config(tmp_path / "r", "m").output] == ["embedding", "truncated", "variant"]
 
 
+def judged(path: Path, drop: float, data: str = "texts.jsonl") -> Path:
+    """The artifact, with a measured quality."""
+    values = json.loads((path / "effc.json").read_text())
+    values["verification"] = {
+        "data": data,
+        "samples": 4,
+        "outputs": {},
+        "quality_drop": drop,
+        "quality_metric": "1 - mean cosine",
+    }
+    (path / "effc.json").write_text(json.dumps(values))
+    return path
+
+
+def test_a_latency_budget_comes_with_the_variants_quality(tmp_path):
+    sparse = artifact(tmp_path / "sparse", times={16: 2.0, 64: 4.0})
+    dense = artifact(tmp_path / "dense", times={16: 1.0, 64: 8.0})
+    options = ServingOptions(
+        name="m", variants={"dense": dense}, latency_budget_ms=5, instances=Instances.parse("gpu:0,1")
+    )
+    with pytest.raises(UsageError, match="(?s)quality of the variant 'compiled'.*effc verify"):
+        plan_artifact(sparse, options)
+    judged(sparse, 0.02), judged(dense, 0.0, "other.jsonl")
+    with pytest.raises(UsageError, match="different texts: compiled on texts.jsonl, dense on other.jsonl"):
+        plan_artifact(sparse, options)
+    judged(dense, 0.0)
+    write_repository(sparse, tmp_path / "r", options)
+    settings = json.loads((tmp_path / "r/m/1/effc_model.json").read_text())["router"]
+    assert settings["budget"] == {"milliseconds": 5, "drops": {"compiled": 0.02, "dense": 0.0}, "parallel": 2}
+
+
 def test_variants_must_fit_and_be_measured(tmp_path):
     main = artifact(tmp_path / "a", times={16: 1.0})
     with pytest.raises(UsageError, match="was not measured"):
@@ -240,7 +271,16 @@ def test_variants_must_fit_and_be_measured(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_batch": 0}, {"threads": 0}, {"keep": 0}, {"batch_delay_us": -1}, {"backend": "torch"}, {"pooling": "sum"}],
+    [
+        {"max_batch": 0},
+        {"threads": 0},
+        {"keep": 0},
+        {"batch_delay_us": -1},
+        {"backend": "torch"},
+        {"pooling": "sum"},
+        {"latency_budget_ms": 5.0},
+        {"latency_budget_ms": 0.0, "variants": {"a": Path("b")}},
+    ],
 )
 def test_options_out_of_range_are_refused(values):
     with pytest.raises(UsageError):

@@ -24,7 +24,7 @@ import pytest
 import tiny_checkpoints
 from malformed_requests import CRASHES_24_10, malformed_bodies
 from test_triton_repository import artifact as tiny_artifact
-from test_triton_repository import content
+from test_triton_repository import content, judged
 
 import effc
 from effc.errors import EffcError
@@ -104,10 +104,16 @@ def served(program, tmp_path_factory):
     ).path
     artifacts["routed"] = tiny_artifact(folder / "sparse", text=True, times={8: 2.0, 64: 4.0})
     dense = tiny_artifact(folder / "dense", text=True, times={8: 1.0, 64: 8.0})
+    artifacts["budgeted"] = judged(tiny_artifact(folder / "fast", text=True, times={8: 1.0, 64: 1.0}), 0.02)
+    good = judged(tiny_artifact(folder / "good", text=True, times={8: 2.0, 64: 900.0}), 0.0)
+    chosen = {
+        "routed": {"variants": {"dense": dense}},
+        # Far from what a loaded machine needs for one request after the other.
+        "budgeted": {"variants": {"good": good}, "latency_budget_ms": 500.0},
+    }
     repository = folder / "repository"
     for name, path in artifacts.items():
-        variants = {"dense": dense} if name == "routed" else {}
-        write_repository(path, repository, ServingOptions(name=name, max_batch=4, threads=1, variants=variants))
+        write_repository(path, repository, ServingOptions(name=name, max_batch=4, threads=1, **chosen.get(name, {})))
     with Server(repository, program) as server:
         yield Served(server, repository, artifacts)
     assert server.stop() == 0
@@ -309,6 +315,11 @@ class TestRouter:
         assert {name: after[name] - before[name] for name in before} == {"dense": 2, "compiled": 2}
         with pytest.raises(Exception, match="at most 64 tokens"):
             served.infer("routed_model", input_ids=np.zeros((1, 65), np.int64))
+
+    @pytest.mark.parametrize(("rows", "length", "variant"), [(1, 8, "good"), (1, 60, "compiled"), (3, 30, "compiled")])
+    def test_a_latency_budget_takes_the_best_that_keeps_it(self, served, rows, length, variant):
+        answer = served.infer("budgeted_model", input_ids=np.ones((rows, length), np.int64))
+        assert answer["variant"].tolist() == [[variant.encode()]] * rows
 
     def test_2_000_requests_of_mixed_lengths_have_no_error(self, served):
         result = load_test(f"http://{served.server.http}", model="routed", requests=2000, concurrency=8)

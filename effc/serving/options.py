@@ -40,6 +40,8 @@ class ServingOptions:
         keep: versions that stay loaded.
         variants: further artifacts of the same model by name; each request goes to the one that is fastest at its
             length.
+        latency_budget_ms: let each request go to the variant that loses least quality of those that are expected to
+            answer within this time, the waiting of earlier requests included; to the fastest if none is.
 
     Raises:
         UsageError: if a value is out of range.
@@ -58,6 +60,7 @@ class ServingOptions:
     normalize: bool | None = None
     keep: int = 2
     variants: Mapping[str, Path] = field(default_factory=dict)
+    latency_budget_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in (*([self.name] if self.name is not None else []), *self.variants):
@@ -66,6 +69,10 @@ class ServingOptions:
             raise UsageError(f"There is no backend '{self.backend}'.", did_you_mean(self.backend, BACKENDS))
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise UsageError(f"There is no pooling '{self.pooling}'.", did_you_mean(self.pooling, POOLINGS))
+        if self.latency_budget_ms is not None and not self.variants:
+            raise UsageError("A latency budget chooses among variants, and there are none.", "Give --variant NAME=OUT.")
+        if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < float("inf"):
+            raise UsageError(f"latency-budget-ms must be above 0, not {self.latency_budget_ms}.", "Correct it.")
         least = {"max_batch": 1, "batch_delay_us": 0, "threads": 1, "max_length": 1, "keep": 1}
         for key, lowest in least.items():
             value = getattr(self, key)

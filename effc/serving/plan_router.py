@@ -1,6 +1,8 @@
-"""The models of adaptive execution: variants of one model, and the router that sends each request to the fastest."""
+"""The models of adaptive execution: variants of one model, and the router that sends each request to one of them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from effc.errors import UsageError
 from effc.exporters.triton_config import TEXT, ModelConfig, Tensor
@@ -15,7 +17,8 @@ def plan_router(name: str, main: Opened, options: ServingOptions) -> tuple[Plann
     """The variants, each as a model of its own, and the model that chooses among them.
 
     Raises:
-        UsageError: if the artifacts do not take and give the same, or were not measured.
+        UsageError: if the artifacts do not take and give the same, or were not measured (for a latency budget, on the
+            same texts).
     """
     opened = {MAIN: main, **{key: open_artifact(path) for key, path in options.variants.items()}}
     if len(opened) == len(options.variants):
@@ -35,8 +38,15 @@ def plan_router(name: str, main: Opened, options: ServingOptions) -> tuple[Plann
         max_batch=options.max_batch,
     )
     limits = {key: value or None for key, value in zip(opened, longest, strict=True)}
-    times = {key: _times(key, variant) for key, variant in opened.items()}
-    files = python_files("route", router={"models": models, "times": times, "limits": limits})
+    times = {key: _times(key, variant, options.latency_budget_ms is not None) for key, variant in opened.items()}
+    budget = None
+    if options.latency_budget_ms is not None:
+        budget = {
+            "milliseconds": options.latency_budget_ms,
+            "drops": _drops(opened),
+            "parallel": options.instances.count * max(1, len(options.instances.gpus)),
+        }
+    files = python_files("route", router={"models": models, "times": times, "limits": limits, "budget": budget})
     return (*planned, PlannedModel(router, files))
 
 
@@ -51,12 +61,34 @@ def _check_alike(name: str, variant: Opened, main: Opened) -> None:
         )
 
 
-def _times(name: str, variant: Opened) -> dict[str, float]:
-    """Milliseconds of CPU time per sequence by length, as text."""
+def _drops(opened: Mapping[str, Opened]) -> dict[str, float]:
+    """The quality that each variant loses."""
+    found = {}
+    for name, variant in opened.items():
+        record = variant.manifest.verification
+        if record is None:
+            raise UsageError(
+                f"The quality of the variant '{name}' ('{variant.path}') was not measured, and a latency budget asks "
+                "for the best variant that keeps it.",
+                f"Measure it: effc verify {variant.path} --data TEXTS.",
+            )
+        found[name] = (record.quality_metric, record.data, record.samples), record.quality_drop
+    if len({measured for measured, _ in found.values()}) > 1:
+        raise UsageError(
+            "The variants' quality was measured on different texts: "
+            f"{', '.join(f'{name} on {measured[1]}' for name, (measured, _) in found.items())}.",
+            "Verify each of them on the same texts: effc verify ARTIFACT --data TEXTS.",
+        )
+    return {name: drop for name, (_, drop) in found.items()}
+
+
+def _times(name: str, variant: Opened, wall: bool) -> dict[str, float]:
+    """Milliseconds per sequence by length as text: of CPU time, or on the clock."""
     record = variant.manifest.benchmark
     if record is None:
         raise UsageError(
             f"The speed of the variant '{name}' ('{variant.path}') was not measured.",
             f"Measure it: effc bench {variant.path}.",
         )
-    return {str(length): record.compiled[str(length)].cpu_ms / record.batch for length in record.lengths}
+    timings = {str(length): record.compiled[str(length)] for length in record.lengths}
+    return {length: (timing.wall_ms if wall else timing.cpu_ms) / record.batch for length, timing in timings.items()}

@@ -1,4 +1,4 @@
-"""Triton model: hands each request to the variant that its length is fastest on."""
+"""Triton model: hands each request to the variant that is fastest at its length, or the best that is fast enough."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from effc.errors import EffcError
-from effc.serving.backend.route import Router
+from effc.serving.backend.route import Budget, Router
 from effc.serving.backend.triton import Counters, answer, failure, inputs_of, version_directory
 from effc.serving.backend.version import read_version
 
@@ -21,7 +21,10 @@ class TritonPythonModel:
     def initialize(self, arguments: Mapping[str, str]) -> None:
         settings = read_version(version_directory(arguments))["router"]
         times = {name: {int(key): value for key, value in curve.items()} for name, curve in settings["times"].items()}
-        self._router = Router(times, settings["limits"])
+        budget = settings.get("budget")
+        self._router = Router(times, settings["limits"], None if budget is None else Budget(**budget))
+        # Milliseconds of computing that were handed out and are not back yet.
+        self._waiting = 0.0
         self._models: dict[str, str] = settings["models"]
         labels = [{"model": arguments["model_name"], "variant": name} for name in self._router.variants]
         self._routed = Counters("effc_routed", "Requests that went to each variant", labels)
@@ -34,14 +37,20 @@ class TritonPythonModel:
         if ids.ndim != 2 or not ids.size:
             return failure(EffcError("'input_ids' is empty.", "Give at least one token."))
         # By the padded length: that is what is computed.
-        variant = self._router.choose(ids.shape[1])
+        rows, length = ids.shape
+        variant = self._router.choose(length, rows, self._waiting)
+        expected = rows * self._router.milliseconds(variant, length)
         self._routed.add(1, self._router.variants.index(variant))
         wanted = [name for name in request.requested_output_names() if name != "variant"]
         if wanted:
             inner = pb_utils.InferenceRequest(
                 model_name=self._models[variant], inputs=request.inputs(), requested_output_names=wanted
             )
-            response = await inner.async_exec()
+            self._waiting += expected
+            try:
+                response = await inner.async_exec()
+            finally:
+                self._waiting -= expected
             if response.has_error():
                 return pb_utils.InferenceResponse(error=response.error())
             tensors = response.output_tensors()
