@@ -27,7 +27,7 @@ from test_triton_repository import artifact as tiny_artifact
 from test_triton_repository import content, judged
 
 import effc
-from effc.errors import EffcError
+from effc.errors import EffcError, UsageError
 from effc.exporters.triton_config import Instances
 from effc.plugins.native import library_path
 from effc.serving.load_test import load_test
@@ -320,6 +320,23 @@ class TestRouter:
     def test_a_latency_budget_takes_the_best_that_keeps_it(self, served, rows, length, variant):
         answer = served.infer("budgeted_model", input_ids=np.ones((rows, length), np.int64))
         assert answer["variant"].tolist() == [[variant.encode()]] * rows
+
+    @pytest.mark.parametrize("model", ["minilm", "writer"])
+    def test_a_load_test_by_grpc(self, served, model, tmp_path):
+        (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+        url, data = f"grpc://{served.server.grpc}", str(tmp_path / "texts.txt")
+        result = load_test(url, model=model, data=data, requests=12, concurrency=3, max_tokens=5)
+        assert result.failed == 0 and len(result.samples) == 12
+        assert (result.first_token is not None) == (model == "writer")
+        assert round(result.tokens_per_s * result.seconds) == (60 if model == "writer" else 0)
+
+    def test_a_load_test_by_grpc_says_what_is_wrong(self, served):
+        with pytest.raises(UsageError, match="no model 'nothing'"):
+            load_test(f"grpc://{served.server.grpc}", model="nothing")
+        with pytest.raises(UsageError, match="'minilm_model' takes no text"):
+            load_test(f"grpc://{served.server.grpc}", model="minilm_model")
+        with pytest.raises(EffcError, match="No server answers by gRPC"):
+            load_test("grpc://127.0.0.1:1")
 
     def test_2_000_requests_of_mixed_lengths_have_no_error(self, served):
         result = load_test(f"http://{served.server.http}", model="routed", requests=2000, concurrency=8)

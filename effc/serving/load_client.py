@@ -21,6 +21,7 @@ class Target:
         field: the input that takes text.
         writes: it writes text, token by token.
         max_tokens: that it is asked to write.
+        scheme: ``http`` or ``grpc``.
     """
 
     host: str
@@ -29,6 +30,7 @@ class Target:
     field: str
     writes: bool
     max_tokens: int
+    scheme: str = "http"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def find_target(url: str, model: str | None, max_tokens: int, timeout_s: float =
     """Ask a server what a model takes.
 
     Args:
-        url: ``http://host:port``.
+        url: ``http://host:port`` or ``grpc://host:port``.
         model: the only one that takes text when None.
 
     Raises:
@@ -60,18 +62,46 @@ def find_target(url: str, model: str | None, max_tokens: int, timeout_s: float =
         EffcError: if the server does not answer.
     """
     parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname:
-        raise UsageError(f"'{url}' is no address of a server.", "Write, for example, http://127.0.0.1:8000.")
+    if parts.scheme not in ("http", "grpc") or not parts.hostname:
+        raise UsageError(
+            f"'{url}' is no address of a server.",
+            "Write, for example, http://127.0.0.1:8000 or grpc://127.0.0.1:8001.",
+        )
+    if parts.scheme == "grpc":
+        from effc.serving.load_grpc import DEFAULT_PORT, find_grpc_target
+
+        return find_grpc_target(parts.hostname, parts.port or DEFAULT_PORT, model, max_tokens, timeout_s)
     host, port = parts.hostname, parts.port or 8000
     try:
         names = [model] if model else _models(host, port, timeout_s)
         found = [target for name in names for target in [_target(host, port, name, max_tokens, timeout_s)] if target]
     except (OSError, http.client.HTTPException) as error:
         raise EffcError(f"No server answers at {host}:{port}: {error}.", "Start one: effc serve OUT.") from None
+    return choose(found, model)
+
+
+def choose(found: list[Target], model: str | None) -> Target:
+    """The one model that takes text.
+
+    Raises:
+        UsageError: if there is none, or several.
+    """
     if len(found) != 1:
         which = f"'{model}' takes no text" if model else f"{len(found)} models take text: {_names(found)}"
         raise UsageError(f"{which}.", "Name one that does with --model.")
     return found[0]
+
+
+def target_of(
+    config: Mapping[str, Any], host: str, port: int, model: str, max_tokens: int, scheme: str = "http"
+) -> Target | None:
+    """A model by its configuration; None if it takes no text."""
+    names = {entry["name"] for entry in config.get("input", [])}
+    if "text_input" in names:
+        return Target(host, port, model, "text_input", True, max_tokens, scheme)
+    if names == {"text"} and config.get("platform") == "ensemble":
+        return Target(host, port, model, "text", False, 0, scheme)
+    return None
 
 
 class Client:
@@ -144,13 +174,7 @@ def _target(host: str, port: int, model: str, max_tokens: int, timeout_s: float)
     content = response.read()
     if response.status != 200:
         raise UsageError(f"The server has no model '{model}': {_error_of(content)}.", "Ask it for another one.")
-    config: Mapping[str, Any] = json.loads(content)
-    names = {entry["name"] for entry in config.get("input", [])}
-    if "text_input" in names:
-        return Target(host, port, model, "text_input", True, max_tokens)
-    if names == {"text"} and config.get("platform") == "ensemble":
-        return Target(host, port, model, "text", False, 0)
-    return None
+    return target_of(json.loads(content), host, port, model, max_tokens)
 
 
 def _error_of(content: bytes) -> str:

@@ -13,12 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from effc.errors import UsageError
-from effc.serving.load_client import Client, RequestFailed, Target, find_target
+from effc.serving.load_client import Answer, Client, RequestFailed, Target, find_target
 
 # An open loop needs as many clients as requests are under way at once.
 _OPEN_CLIENTS = 64
@@ -118,7 +118,7 @@ def load_test(
     """Send texts to a model and measure.
 
     Args:
-        url: ``http://host:port`` of a Triton server.
+        url: ``http://host:port`` or ``grpc://host:port`` of a Triton server.
         model: the only one there that takes text when None.
         data: text, .jsonl or .csv file whose texts are sent, in random order; made-up texts of 8 to 256 words when
             None.
@@ -146,7 +146,7 @@ def load_test(
     start = time.perf_counter()
 
     def work() -> None:
-        client = Client(target, timeout_s)
+        client = _connect(target, timeout_s)
         while True:
             with measured.lock:
                 entry = next(waiting, None)
@@ -167,7 +167,22 @@ def load_test(
     return _result(target, rate, requests, time.perf_counter() - start, measured)
 
 
-def _one(client: Client, text: str, due: float | None, measured: _Measured) -> None:
+class TextClient(Protocol):
+    """What sends texts, one after the other."""
+
+    def ask(self, text: str) -> Answer: ...
+    def close(self) -> None: ...
+
+
+def _connect(target: Target, timeout_s: float) -> TextClient:
+    if target.scheme == "http":
+        return Client(target, timeout_s)
+    from effc.serving.load_grpc import GrpcClient
+
+    return GrpcClient(target, timeout_s)
+
+
+def _one(client: TextClient, text: str, due: float | None, measured: _Measured) -> None:
     if due is not None:
         time.sleep(max(0.0, due - time.perf_counter()))
     sent = time.perf_counter()
