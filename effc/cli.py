@@ -146,7 +146,12 @@ def main() -> None:
 @click.option("--quant-weights", help="How int4-weights and int8-weights round: rtn, awq or gptq.")
 @click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
 @click.option("--calibration", type=click.Path(), help="Text, .jsonl, .csv or hf:NAME for quantization and pruning.")
-@click.option("--target", help="What the artifact runs on: onnxruntime.")
+@click.option("--target", help="What the artifact runs on: onnxruntime, tensorrt_rtx or tensorrt.")
+@click.option("--arch", help="GPUs to build engines for, e.g. sm_89,sm_120; this machine's when not given.")
+@click.option("--shapes", help="Shapes to tune engines for, e.g. 1x128,4x1024,8x4096: batch x length.")
+@click.option("--engine-precision", help="What an engine computes in besides INT8 and FP8: fp16, bf16 or fp32.")
+@click.option("--no-plugin", is_flag=True, help="Build engines of standard operators, without effc's plugin.")
+@click.option("--embed-plugin", is_flag=True, default=None, help="Put the plugin library into the engine's file.")
 @click.option("--task", help="Detected from the config when not given.")
 @click.option("--revision", help="Hub branch, tag or commit.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that the checkpoint brings along.")
@@ -163,12 +168,14 @@ def main() -> None:
 def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
     """Compile MODEL (a local directory, a GGUF file or a hub name)."""
     from effc.compiler.artifact import check_output
+    from effc.compiler.engine_check import check_engine
     from effc.compiler.source import find
 
     recipe = _recipe(flags)
     output = output or default_output(recipe)
     # Before the pipeline, because that imports torch and transformers: a mistyped path should not take seconds to tell.
     check_output(output, overwrite)
+    check_engine(recipe)
     find(recipe.model)
     from effc.compiler.pipeline import run
 
@@ -185,6 +192,7 @@ def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, de
                     "benchmark": manifest.benchmark and _plain(manifest.benchmark),
                 },
                 "attention": [_plain(layer) for layer in manifest.attention],
+                "engines": manifest.engines and _plain(manifest.engines),
                 "unmet": list(artifact.unmet),
             }
         )
@@ -195,6 +203,7 @@ def compile(output: Path | None, overwrite: bool, as_json: bool, quiet: bool, de
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
         _show_generation(manifest)
+        _show_engines(manifest)
         click.echo(f"Artifact: {artifact.path}\nReport:   {artifact.path / 'report.html'}")
     for sentence in artifact.unmet:
         click.secho("Not met: ", fg="yellow", bold=True, err=True, nl=False)
@@ -240,16 +249,21 @@ def _recipe(flags: dict[str, Any]) -> Recipe:
     put(flags["quant_smoothing"], "quantization", "smoothing")
     put(flags["quant_activations"], "quantization", "activations")
     put(flags["quant_weights"], "quantization", "weights", "method")
+    put(flags["quant_kv_cache"], "quantization", "kv_cache")
     put(flags["quant_exclude"], "quantization", "exclude")
     put(flags["calibration"], "quantization", "calibration", "data")
     put(flags["target"], "target")
+    put(flags["arch"], "engine", "arch")
+    put(flags["shapes"], "engine", "shapes")
+    put(flags["engine_precision"], "engine", "precision")
+    put(False if flags["no_plugin"] else None, "engine", "plugin")
+    put(flags["embed_plugin"], "engine", "embed_plugin")
     put(flags["data"], "verify", "data")
     put(_lengths(flags["lengths"]), "bench", "lengths")
     put(False if flags["no_bench"] else None, "bench", "enabled")
     put(False if flags["no_generation"] else None, "generation", "enabled")
     put(flags["checkpoint"], "checkpoint", "enabled")
     put(flags["require_speedup"], "require", "min_speedup")
-    put(flags["quant_kv_cache"], "quantization", "kv_cache")
     put(flags["max_quality_drop"], "require", "max_quality_drop")
     base = load_recipe(flags["recipe"]) if flags["recipe"] else {}
     return build_recipe(merge(base, over), origin=flags["recipe"] or "the flags")
@@ -297,6 +311,7 @@ def inspect(artifact: Path, as_json: bool, quiet: bool, debug: bool) -> int:
         _show_verification(manifest.verification)
         _show_benchmark(manifest.benchmark)
         _show_generation(manifest)
+        _show_engines(manifest)
     return 0
 
 
@@ -421,7 +436,7 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None}
     text = sys.stdin.read() if prompt == "-" else prompt
     told = None if as_json else lambda piece: click.echo(piece, nl=False)
-    written = write_text(load(artifact, threads=threads), text, chat=chat, told=told, **given)
+    written = write_text(load(artifact, threads=threads, engine=False), text, chat=chat, told=told, **given)
     if as_json:
         _print_json(asdict(written))
         return 0
@@ -571,6 +586,7 @@ def _serving_options(command: Command) -> Command:
         click.option("--pooling", help="mean, cls, max or last; as the model's files say when not given."),
         click.option("--normalize/--no-normalize", default=None, help="Embeddings of length 1."),
         click.option("--variant", multiple=True, help="NAME=OTHER_ARTIFACT of the same model, chosen by length."),
+        click.option("--latency-budget-ms", type=float, help="Take the best variant that answers within this time."),
     ):
         command = option(command)
     return command
@@ -586,7 +602,6 @@ def _serving(flags: dict[str, Any]) -> Any:
         name, found, path = text.partition("=")
         if not found:
             raise UsageError(f"'{text}' names no variant.", "Write, for example, --variant dense=other.effc.")
-        click.option("--latency-budget-ms", type=float, help="Take the best variant that answers within this time."),
         variants[name] = Path(path)
     return ServingOptions(**{**flags, "variants": variants, "instances": Instances.parse(flags["instances"])})
 
@@ -687,21 +702,6 @@ def serve(
         return 1
 
 
-@main.command("load-test")
-@click.argument("url")
-@click.option("--model", help="Which one to ask; the only one that takes text when not given.")
-@click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file whose texts are sent.")
-@click.option("--requests", type=int, default=200, show_default=True)
-@click.option("--concurrency", type=int, default=4, show_default=True, help="Clients that send one after another.")
-@click.option("--rate", type=float, help="Requests per second that come by themselves, instead.")
-@click.option("--max-tokens", type=int, default=32, show_default=True, help="For models that write text.")
-@click.option("--timeout-s", type=float, default=60, show_default=True, help="For one answer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds send equal texts.")
-@click.option("--save", type=click.Path(path_type=Path), help="Write a plot to this .png, .svg or .pdf.")
-@_common
-def load_test(url: str, save: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
-    """Send texts to a model that is served at URL and measure; exit 1 if a request failed."""
-    from effc.serving.load_test import load_test as run
 @main.command()
 @click.argument("uri", required=False)
 @click.option("--values", type=click.Path(path_type=Path), help="YAML file, laid out like a Helm chart's values.")
@@ -736,6 +736,21 @@ def kubernetes(
     return 0
 
 
+@main.command("load-test")
+@click.argument("url")
+@click.option("--model", help="Which one to ask; the only one that takes text when not given.")
+@click.option("--data", type=click.Path(), help="Text, .jsonl or .csv file whose texts are sent.")
+@click.option("--requests", type=int, default=200, show_default=True)
+@click.option("--concurrency", type=int, default=4, show_default=True, help="Clients that send one after another.")
+@click.option("--rate", type=float, help="Requests per second that come by themselves, instead.")
+@click.option("--max-tokens", type=int, default=32, show_default=True, help="For models that write text.")
+@click.option("--timeout-s", type=float, default=60, show_default=True, help="For one answer.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds send equal texts.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write a plot to this .png, .svg or .pdf.")
+@_common
+def load_test(url: str, save: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
+    """Send texts to a model that is served at URL and measure; exit 1 if a request failed."""
+    from effc.serving.load_test import load_test as run
 
     with _progress(not (quiet or as_json)) as progress:
         result = run(url, progress=progress, **options)
@@ -815,6 +830,33 @@ def _show_positions(manifest: Manifest) -> None:
     how = f"{done.trained} to {done.max_length} tokens ({done.method})" if done.method else f"{done.max_length} tokens"
     rows = f", {', '.join(f'{name}: {count} rows' for name, count in done.rows.items())}" if done.rows else ""
     click.echo(f"Positions: {how}{rows}" + (f", {done.formula}" if done.formula else ""))
+
+
+def _show_engines(manifest: Manifest) -> None:
+    """The engines, what they are made of, and that none was run."""
+    built = manifest.engines
+    if built is None:
+        return
+    for record in manifest.passes:
+        for skipped in record.skipped if record.name == "engines" else ():
+            click.echo(f"No prefill and decode engines: {skipped.reason}")
+    table = Table("engine", "MiB", "attention", "linear layers", title=f"{built.flavour} {built.version}")
+    for engine in built.engines:
+        size = manifest.files[engine.file].bytes / 2**20 if engine.file in manifest.files else float("nan")
+        table.add_row(engine.file, f"{size:.1f}", _counted(engine.attention), _counted(engine.linears))
+    Console().print(table)
+    for engine in built.engines:
+        for warning in engine.warnings:
+            click.echo(f"{engine.file}: {warning}", err=True)
+    if built.not_run:
+        click.echo(f"{built.not_run.capitalize()}.")
+
+
+def _counted(kernels: dict[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for kernel in kernels.values():
+        counts[kernel] = counts.get(kernel, 0) + 1
+    return "\n".join(f"{count} x {kernel}" for kernel, count in counts.items())
 
 
 def _show_generation(manifest: Manifest) -> None:

@@ -6,16 +6,19 @@ proves that it and the layout are right, not that an engine runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_artifacts import token_manifest, token_model
 
+from effc.compiler.manifest import EngineRecord, EnginesRecord, FileRecord, TensorRecord
 from effc.errors import UsageError
 from effc.exporters.triton_config import Tensor, parse_config
-from effc.serving.engines import EngineSet, Profile, write_engines
+from effc.serving.engines import EngineSet, Profile, engine_set, write_engines
 from effc.serving.repository import check_repository
 from effc.serving.server import Server
 
@@ -42,6 +45,55 @@ def engines(folder: Path, dtype: str = "float16") -> EngineSet:
         plugins=[folder / "libattention.so"],
         cuda_graphs=[(1, {"input_ids": [128], "attention_mask": [128]})],
     )  # fmt: skip
+
+
+def compiled(folder: Path, flavour: str) -> Path:
+    """An artifact that says it has an engine."""
+    folder.mkdir(exist_ok=True)
+    token_model(folder / "model.onnx")
+    manifest = token_manifest(folder)
+    (folder / "engines").mkdir()
+    files = {"engines/forward.sm_120.plan": b"plan", "engines/libeffc_tensorrt.so": b"library"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    manifest.files |= {
+        name: FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        for name, content in files.items()
+    }
+    engine = EngineRecord(
+        file="engines/forward.sm_120.plan",
+        graph="forward",
+        arch="sm_120",
+        seconds=1,
+        profiles=[{"input_ids": [[1, 1], [8, 128], [8, 128]]}],
+        inputs=[TensorRecord(name="input_ids", dtype="int64", shape=["batch", "sequence"])],
+        outputs=[TensorRecord(name="pooler_output", dtype="float", shape=["batch", 16])],
+        attention={},
+        linears={},
+        low={},
+    )
+    manifest.engines = EnginesRecord(
+        flavour=flavour, version="10.9.0", precision="fp16", plugin="engines/libeffc_tensorrt.so", graphs={},
+        engines=[engine],
+    )  # fmt: skip
+    (folder / "effc.json").write_text(manifest.model_dump_json())
+    return folder
+
+
+def test_engines_of_an_artifact_can_be_served(tmp_path):
+    found = engine_set(compiled(tmp_path / "a", "tensorrt"))
+    assert list(found.files) == ["12.0"] and found.outputs == [Tensor("pooler_output", "float32", (16,))]
+    write_engines(found, tmp_path / "r", "bert", max_batch=8, server_tensorrt="10.9.0")
+    message = parse_config((tmp_path / "r/bert/config.pbtxt").read_text())
+    assert dict(message.cc_model_filenames) == {"12.0": "sm120.plan"}
+    assert (tmp_path / "r/bert/1/libeffc_tensorrt.so").read_bytes() == b"library"
+
+
+def test_engines_that_triton_does_not_run_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="these are TensorRT-RTX's"):
+        engine_set(compiled(tmp_path / "a", "tensorrt_rtx"))
+    with pytest.raises(UsageError, match="no engine of its decode graph"):
+        engine_set(tmp_path / "a", "decode")
 
 
 def test_engines_plugins_and_profiles_are_written(tmp_path):

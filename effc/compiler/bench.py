@@ -254,7 +254,7 @@ class Worker:
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "effc.compiler.bench_worker"],
+            self.command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -277,6 +277,10 @@ class Worker:
                     stream.close()
             except BrokenPipeError:
                 pass
+
+    def command(self) -> list[str]:
+        """What to run."""
+        return [sys.executable, "-m", "effc.compiler.bench_worker"]
 
     @property
     def pid(self) -> int:

@@ -30,7 +30,7 @@ from effc import __version__
 from effc.compiler.cache import cache_directory
 from effc.compiler.machine import Machine, describe_machine
 from effc.errors import MissingDependencyError
-from effc.plugins import native
+from effc.plugins import native, tensorrt_library
 
 Status = Literal["ok", "missing", "broken", "n/a"]
 
@@ -148,6 +148,7 @@ def diagnose() -> DoctorReport:
     has_gpu = gpu.status == "ok"
     probes: list[Callable[[], Check]] = [
         _native_library,
+        _tensorrt_plugin,
         *(partial(_package, package, has_gpu) for package in _PACKAGES),
         partial(_onnxruntime_gpu, has_gpu),
         _triton_server,
@@ -318,6 +319,27 @@ def _native_library() -> Check:
         check.detail = f"{kernels} kernels, {library}"
     else:
         check.status, check.detail = "broken", f"{library}: {reason or 'it gave no answer'}; {slower}"
+    return check
+
+
+def _tensorrt_plugin() -> Check:
+    check = Check(
+        name="TensorRT plugin",
+        group="TensorRT",
+        status="ok",
+        purpose="sparse attention inside engines",
+        command="install the CUDA toolkit (nvcc), then: pip install --no-deps kernel-lens",
+    )
+    try:
+        library = tensorrt_library.existing_library()
+        compiler = None if library is not None else tensorrt_library.find_compiler()
+    except MissingDependencyError as error:
+        check.status, check.detail = "missing", f"{error.problem} Engines are built without it: --no-plugin"
+        if "EFFC_TENSORRT_LIBRARY" in error.problem:
+            check.command = error.remedy
+        return check
+    check.detail = str(library) if compiler is None else f"compiled on first use by {compiler.nvcc}"
+    check.command = None
     return check
 
 

@@ -210,6 +210,11 @@ def generation_record(manifest: Manifest) -> GenerationRecord:
         raise UsageError(
             f"This artifact cannot generate: {reasons[0]}", "Use another --attn, or run it token by token."
         )
+    if manifest.engines is not None and manifest.engines.writes:
+        raise UsageError(
+            "This artifact writes text with engines, and has no graph for it that a CPU could run.",
+            "Load it where the GPU is: effc.load(...).generate(...), or compile with --target=onnxruntime.",
+        )
     raise UsageError(
         "This artifact was compiled without its generating graph.", "Compile it again without --no-generation."
     )

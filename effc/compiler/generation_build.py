@@ -91,7 +91,7 @@ def add_generation(
     keep_last_position(graph.graph)
     FuseOnnxRuntime().run(graph)
     if quantization is not None:
-        given = None if calibration is None else list(_with_positions(calibration))
+        given = None if calibration is None else list(with_positions(calibration))
         quantize(graph, quantization, given, schemes, remembered)
     groups, cached_layers = add_caches(graph, kept_in)
     if kept_in != "fp32" and all(layer.kept_in == "fp32" for layer in cached_layers):
@@ -188,7 +188,7 @@ def _check_complete(layers: list[AttentionLayer], found: list[CachedLayer]) -> N
             )
 
 
-def _with_positions(calibration: Iterable[Batch]) -> Iterable[Batch]:
+def with_positions(calibration: Iterable[Batch]) -> Iterable[Batch]:
     """Calibration batches with the positions that the generating graph takes besides."""
     for batch in calibration:
         mask = torch.from_numpy(np.asarray(batch["attention_mask"]))
@@ -205,23 +205,18 @@ def record_of(
         groups, layers: what :func:`add_caches` gave.
         shared: bytes of weights that lie in the forward graph's file.
     """
-    settings = model.generation_config
-    owners = [owner for owner in (settings, processor, model.config) if owner is not None]
-    found: Any = next((value for owner in owners if (value := getattr(owner, "eos_token_id", None)) is not None), [])
-    ends = [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]
-    paddings = [getattr(owner, "pad_token_id", None) for owner in owners]
-    padding = next((value for value in paddings if isinstance(value, int) and value >= 0), ends[0] if ends else 0)
+    ends, padding = end_and_padding(model, processor)
     return GenerationRecord(
         file=GENERATION_NAME,
         groups=[_group_record(group) for group in groups],
         layers=[
             CachedLayerRecord(
-                kept_in=layer.kept_in,
                 layer=layer.name,
                 group=layer.group,
                 num_heads=layer.num_heads,
                 kv_heads=layer.kv_heads,
                 head_dim=layer.head_dim,
+                kept_in=layer.kept_in,
             )
             for layer in layers
         ],
@@ -230,6 +225,17 @@ def record_of(
         pad_token_id=padding,
         weights_shared=shared,
     )
+
+
+def end_and_padding(model: PreTrainedModel, processor: Any | None) -> tuple[list[int], int]:
+    """Tokens that end a text, and the one that pads it."""
+    settings = model.generation_config
+    owners = [owner for owner in (settings, processor, model.config) if owner is not None]
+    found: Any = next((value for owner in owners if (value := getattr(owner, "eos_token_id", None)) is not None), [])
+    ends = [int(end) for end in (found if isinstance(found, (list, tuple)) else [found])]
+    paddings = [getattr(owner, "pad_token_id", None) for owner in owners]
+    padding = next((value for value in paddings if isinstance(value, int) and value >= 0), ends[0] if ends else 0)
+    return ends, padding
 
 
 def _group_record(group: CacheGroup) -> CacheGroupRecord:

@@ -229,6 +229,69 @@ class GenerationRecord(Record):
     weights_shared: int = 0
 
 
+class EngineRecord(Record):
+    """One engine.
+
+    Attributes:
+        graph: ``forward``, ``prefill`` or ``decode``.
+        arch: the GPU architecture that it is for, ``sm_89``.
+        profiles: for each optimization profile, smallest, best and largest shape of every input.
+        inputs, outputs: as the engine has them.
+        attention, linears: which kernel computes each layer, as the builder's log says; the first profile's.
+        low: matrix products in INT8 or FP8 by type, all profiles counted; products that read one input may be one.
+        warnings: of effc and of TensorRT.
+    """
+
+    file: str
+    graph: str
+    arch: str
+    seconds: float
+    profiles: list[dict[str, list[list[int]]]]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    attention: dict[str, str]
+    linears: dict[str, str]
+    low: dict[str, int]
+    warnings: list[str] = Field(default_factory=list)
+
+
+class EngineGraphRecord(Record):
+    """A graph that engines are built from, run by ONNX Runtime on CPU.
+
+    ``error`` is the relative error of the graph in the engine's precision to the same graph in fp32 before it was
+    quantized; None where that could not be run, which ``not_run`` explains. ``error_fp32`` is that of quantization
+    alone, with everything else in fp32. ``step_error`` is that of decoding token by token, in fp32, to the forward
+    pass. ``clipped`` counts constants beyond the range of fp16.
+    """
+
+    error: float | None = None
+    error_fp32: float | None = None
+    not_run: str | None = None
+    step_error: float | None = None
+    kept_in_fp32: list[str] = Field(default_factory=list)
+    clipped: int = 0
+
+
+class EnginesRecord(Record):
+    """Engines of an artifact. ``plugin`` is the library's file, or None if they need none or hold it themselves."""
+
+    flavour: str
+    version: str
+    precision: str
+    plugin: str | None = None
+    plugin_embedded: bool = False
+    graphs: dict[str, EngineGraphRecord]
+    engines: list[EngineRecord]
+    eos_token_ids: list[int] = Field(default_factory=list)
+    pad_token_id: int = 0
+    not_run: str | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether they write text."""
+        return any(engine.graph == "decode" for engine in self.engines)
+
+
 class LayerSensitivity(Record):
     """What was measured of one layer when its attention was chosen.
 
@@ -339,5 +402,6 @@ class Manifest(Record):
     outputs: list[TensorRecord]
     files: dict[str, FileRecord]
     generation: GenerationRecord | None = None
+    engines: EnginesRecord | None = None
     verification: VerifyRecord | None = None
     benchmark: BenchRecord | None = None

@@ -24,13 +24,17 @@ from effc.compiler.bench import bench, choose_lengths
 from effc.compiler.calibrate_forms import calibrate_forms
 from effc.compiler.calibration_data import CalibrationData
 from effc.compiler.compress import Compression, Probe, compresses, run_torch
+from effc.compiler.engine_check import EnginePlan, check_engine
+from effc.compiler.engine_sources import forward_source, generation_sources
+from effc.compiler.engines import ENGINES_VERSION, build_engines
 from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
-from effc.compiler.generation_build import GENERATION_VERSION, add_generation
+from effc.compiler.generation_build import GENERATION_VERSION, add_generation, end_and_padding
 from effc.compiler.inputs import graph_inputs, ragged_inputs, token_mask
 from effc.compiler.manifest import (
     AttentionLayer,
     AttentionSearch,
     BenchRecord,
+    EnginesRecord,
     GenerationRecord,
     Manifest,
     OutputDeviation,
@@ -53,13 +57,16 @@ from effc.compiler.toolchain import toolchain
 from effc.compiler.twin import dense_twin
 from effc.compiler.verify import verify
 from effc.errors import EffcError, OutputError, PassFailedError, PreconditionError, RequirementError, UsageError
+from effc.exporters.generation_export import positions_of
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.base import PassResult
 from effc.passes.extend_positions import ExtendPositions
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.observed_attention import ObservedAttention
-from effc.passes.quantize import quantizing_passes
+from effc.passes.prepare_engine import PrepareEngine
+from effc.passes.quantize import GraphPass, quantizing_passes
+from effc.passes.quantize_for_engine import engine_quantizing_passes
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_schemes import Schemes
 from effc.passes.rewrite_attention import RewriteAttention, describe
@@ -225,11 +232,16 @@ def run(
     check_output(output, overwrite)
     if recipe.require.min_speedup is not None and not recipe.bench.enabled:
         raise UsageError("A minimum speed-up is required but speed is not measured.", "Leave --no-bench out.")
+    engine = check_engine(recipe, calibration_items is not None)
     quantize = recipe.quantization.active
+    quantizers = quantizing_passes if engine is None else engine_quantizing_passes
+    # An engine is timed on the GPU that it is for.
+    benches = recipe.bench.enabled and engine is None
     log = _Log(
         6
-        + len(list(quantizing_passes(recipe.quantization, None)))
-        + recipe.bench.enabled
+        + len(list(quantizers(recipe.quantization, None)))
+        + benches
+        + (engine is not None)
         + needs_search(recipe.attention),
         progress,
     )
@@ -238,7 +250,7 @@ def run(
         source = load(locate(recipe.model))
     generates = recipe.generation.enabled and source.task.name == "causal-lm"
     _check_kv_cache(recipe, generates)
-    log.steps += generates
+    log.steps += generates and engine is None
     if recipe.checkpoint.enabled:
         check_savable(source)
     calibration = None if data is None else data.batches(source)
@@ -308,11 +320,13 @@ def run(
     with staged(output, overwrite) as staging:
         path = staging / MODEL_NAME
         graph = ir.load(str(exported))
-        with log.step(FuseOnnxRuntime.name):
+        fuse: GraphPass = FuseOnnxRuntime() if engine is None else PrepareEngine()
+        with log.step(fuse.name):
             started = time.perf_counter()
-            fused = FuseOnnxRuntime().run(graph)
+            fused = fuse.run(graph)
+            fuse.ensures(graph)
             save_onnx(graph, path)
-            record = log.add(FuseOnnxRuntime.name, FuseOnnxRuntime.version, started, fused)
+            record = log.add(fuse.name, fuse.version, started, fused)
             record.probe = _probe_graph(path, probe, untouched, mask)
         schemes, remembered, selection = Schemes(recipe.quantization), Remembered(), None
         if recipe.quantization.budget is not None:
@@ -322,7 +336,7 @@ def run(
                 selection, result = choose_quantization(source, recipe, path, calibration, remembered, log.tell)
                 schemes = Schemes(recipe.quantization, selection.reasons())
                 log.add(CHOOSE, CHOOSE_VERSION, started, result)
-        for quantizer in quantizing_passes(recipe.quantization, calibration, schemes, remembered) if quantize else ():
+        for quantizer in quantizers(recipe.quantization, calibration, schemes, remembered) if quantize else ():
             with log.step(quantizer.name):
                 started = time.perf_counter()
                 graph = ir.load(str(path))
@@ -331,8 +345,14 @@ def run(
                 _replace(graph, path)
                 record = log.add(quantizer.name, quantizer.version, started, quantized)
                 record.probe = _probe_graph(path, probe, untouched, mask)
-        generation = None
-        if generates:
+        generation, engines = None, None
+        if engine is not None:
+            with log.step("engines"):
+                given = (schemes, remembered)
+                engines = _engines(
+                    engine, source, layers, recipe, calibration, exported, staging, probe, log, generates, given
+                )
+        elif generates:
             with log.step("generation"):
                 given = (schemes, remembered)
                 generation = _generation(source, layers, recipe, calibration, exported, staging, log, given)
@@ -361,11 +381,12 @@ def run(
             outputs=_output_records(path),
             files=record_files(staging),
             generation=generation,
+            engines=engines,
         )
         write_manifest(staging, manifest)
         with log.step("verify"):
             manifest.verification = verify(staging, trust_remote_code=recipe.model.trust_remote_code)
-        if recipe.bench.enabled:
+        if benches:
             with log.step("bench"):
                 manifest.benchmark = _bench(staging, recipe, manifest, exported, key, source, observed)
         write_manifest(staging, manifest)
@@ -420,6 +441,43 @@ def _generation(
     }
     done: PassResult[Any] = PassResult(None, True, changed, metrics=metrics)
     log.add("generation", GENERATION_VERSION, started, done, cached=hit)
+    return record
+
+
+def _engines(
+    plan: EnginePlan,
+    source: SourceModel,
+    layers: list[AttentionLayer],
+    recipe: Recipe,
+    calibration: list[dict[str, NDArray[Any]]] | None,
+    exported: Path,
+    staging: Path,
+    probe: Mapping[str, torch.Tensor],
+    log: _Log,
+    generates: bool,
+    quantized: tuple[Schemes, Remembered],
+) -> EnginesRecord:
+    """Build the engines; a model that cannot generate from caches gets that of its forward pass, and is told so."""
+    started, path = time.perf_counter(), staging / MODEL_NAME
+    skipped: list[tuple[str, str]] = []
+    given = {name: value.numpy() for name, value in probe.items()}
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{staging.name}-graphs-") as work:
+        sources = forward_source(path)
+        if generates:
+            log.tell("prefill and decode graphs")
+            try:
+                sources = generation_sources(source, layers, recipe, calibration, quantized, exported, path, Path(work))
+            except PreconditionError as error:
+                skipped.append((type(source.model).__name__, error.problem))
+        mask = probe.get("attention_mask")
+        if mask is not None:
+            given["position_ids"] = positions_of(mask).numpy()
+        record = build_engines(plan, recipe.engine, sources, source.max_length, exported, given, staging, log.tell)
+    if sources[0].name != "forward":
+        record.eos_token_ids, record.pad_token_id = end_and_padding(source.model, source.processor)
+    changed = [engine.file for engine in record.engines]
+    result: PassResult[Any] = PassResult(None, True, changed, skipped)
+    log.add("engines", ENGINES_VERSION, started, result)
     return record
 
 

@@ -16,6 +16,7 @@ from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.distill_settings import RecoverSection
+from effc.passes.engine_settings import ENGINE_TARGETS, EngineSection
 from effc.passes.low_rank_settings import LowRankSection, parse_low_rank
 from effc.passes.positions_settings import PositionsSection
 from effc.passes.prune_settings import PruneSection
@@ -23,7 +24,7 @@ from effc.passes.quantize_settings import CalibrationSection as CalibrationSecti
 from effc.passes.quantize_settings import QuantizationSection
 from effc.suggest import did_you_mean
 
-TARGETS = ("onnxruntime",)
+TARGETS = ("onnxruntime", *ENGINE_TARGETS)
 
 
 class Section(BaseModel):
@@ -108,6 +109,7 @@ class Recipe(Section):
     recover: RecoverSection = RecoverSection()
     quantization: Annotated[QuantizationSection, _shorthand("mode")] = QuantizationSection()
     target: str = Field("onnxruntime", description="what the artifact runs on")
+    engine: EngineSection = EngineSection()
     generation: GenerationSection = GenerationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     verify: VerifySection = VerifySection()

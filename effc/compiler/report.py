@@ -40,6 +40,7 @@ State = Literal["win", "even", "loss", "missed", "unknown"]
 # Within 3 % of 1, repeated measurements on a shared machine do not agree which model is faster.
 EVEN_BAND = 0.03
 UNMEASURED = "Not measured: run `effc bench OUT`."
+ENGINES_UNMEASURED = "Engines are timed on the GPU that they are for, and a compile does not run them."
 UNVERIFIED = "Not measured: run `effc verify OUT`."
 EXPLAINED_FORMS = 4  # forms that get a sentence each; the attention table has all
 LIST_LIMIT = 300  # names per expandable list; effc.json has them all
@@ -54,8 +55,13 @@ FLAGS = {
     "quantization.smoothing": "--quant-smoothing",
     "quantization.activations": "--quant-activations",
     "quantization.weights.method": "--quant-weights",
-    "target": "--target",
     "quantization.kv_cache": "--quant-kv-cache",
+    "target": "--target",
+    "engine.arch": "--arch",
+    "engine.shapes": "--shapes",
+    "engine.precision": "--engine-precision",
+    "engine.plugin": "--no-plugin",
+    "engine.embed_plugin": "--embed-plugin",
     "model.task": "--task",
     "model.revision": "--revision",
     "quantization.calibration.data": "--calibration",
@@ -126,7 +132,7 @@ def render_report(manifest: Manifest) -> str:
         other_kernels={} if bench is None else unlisted_kernels(bench, manifest.attention),
         count_kernels=lambda kernels: Counter(kernels.values()).most_common(),
         list_limit=LIST_LIMIT,
-        unmeasured=UNMEASURED,
+        unmeasured=ENGINES_UNMEASURED if manifest.engines else UNMEASURED,
         unverified=UNVERIFIED,
     )
 
@@ -158,7 +164,8 @@ def judge(manifest: Manifest) -> Verdict:
     """Speed at the longest measured length against the dense twin, in words that do not flatter."""
     bench = manifest.benchmark
     if bench is None or not (measured := longest(bench)):
-        return Verdict("unknown", "–", "Speed has not been measured", UNMEASURED)
+        reason = ENGINES_UNMEASURED if manifest.engines else UNMEASURED
+        return Verdict("unknown", "–", "Speed has not been measured", reason)
     length, dense, compiled = measured
     speedup = bench.speedup[str(length)]
     change = f"{milliseconds(dense.cpu_ms)} → {milliseconds(compiled.cpu_ms)} CPU time per run, median."
@@ -295,8 +302,10 @@ def command_line(recipe: Mapping[str, Any], source: str) -> str:
             continue
         if key == "prune" and all(isinstance(step, str) for step in value):
             flags += [f"{FLAGS[key]}={shlex.quote(step)}" for step in value]
-        elif key in FLAGS and key != "prune" and value is True:
+        elif key in FLAGS and key != "prune" and isinstance(value, bool):
             flags.append(FLAGS[key])
+        elif key in FLAGS and key.startswith("engine.") and isinstance(value, list):
+            flags.append(f"{FLAGS[key]}={','.join(value)}")
         elif key in FLAGS and key != "prune":
             flags.append(f"{FLAGS[key]}={shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
         else:

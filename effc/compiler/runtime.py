@@ -14,13 +14,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from effc.compiler.engine_choice import what_is_missing
+from effc.compiler.engine_runtime import EngineModel
 from effc.compiler.feeds import TensorSpec, prepare_inputs, random_inputs
 from effc.compiler.generation import (
     Generator,
@@ -267,6 +269,7 @@ class CompiledModel:
         return f"CompiledModel('{self.path}', {source.architecture}, task={source.task})"
 
 
+@overload
 def load(
     path: str | Path,
     *,
@@ -275,7 +278,33 @@ def load(
     native: bool = True,
     session_options: onnxruntime.SessionOptions | None = None,
     verify_files: bool = True,
-) -> CompiledModel:
+    engine: Literal[False],
+) -> CompiledModel: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    providers: Sequence[Any] | None = None,
+    native: bool = True,
+    session_options: onnxruntime.SessionOptions | None = None,
+    verify_files: bool = True,
+    engine: bool | None = None,
+) -> CompiledModel | EngineModel: ...
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    providers: Sequence[Any] | None = None,
+    native: bool = True,
+    session_options: onnxruntime.SessionOptions | None = None,
+    verify_files: bool = True,
+    engine: bool | None = None,
+) -> CompiledModel | EngineModel:
     """Load an artifact directory.
 
     Args:
@@ -286,14 +315,21 @@ def load(
         session_options: ONNX Runtime options to use in place of effc's; effc's kernels are registered on them.
         verify_files: compare the SHA-256 of the graph and its weights with ``effc.json``, about a second per GiB.
             Sizes are compared in any case.
+        engine: run the artifact's TensorRT engines; None for where they can run, with a warning that says what is
+            missing where they cannot. The graph that they were built from runs on the CPU then.
 
     Raises:
+        MissingDependencyError: if ``engine`` is True and the engines cannot run here; says what is missing.
         OutputError: if this is no artifact, a file is missing or changed, or a newer effc wrote it.
         UsageError: if a parameter is out of range.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
     check_files(directory, manifest, names=model_files(manifest), hashes=verify_files)
+    if engine or (engine is None and manifest.engines is not None):
+        loaded = _load_engines(directory, manifest, bool(engine))
+        if loaded is not None:
+            return loaded
     providers = _known_providers(providers)
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.", "Leave it out to use every core.")
@@ -307,6 +343,17 @@ def load(
     if library is not None:
         options.register_custom_ops_library(str(library))
     return CompiledModel(directory, manifest, options, providers, library)
+
+
+def _load_engines(directory: Path, manifest: Manifest, wanted: bool) -> EngineModel | None:
+    if manifest.engines is None:
+        raise UsageError("This artifact has no engines.", "Compile with --target=tensorrt_rtx, or leave engine out.")
+    missing = what_is_missing(manifest.engines)
+    if missing is None or wanted:
+        check_files(directory, manifest, [file for file in manifest.files if file.startswith("engines/")])
+        return EngineModel(directory, manifest)
+    warnings.warn(f"{missing} The graph runs on the CPU instead.", RuntimeWarning, stacklevel=3)
+    return None
 
 
 def loadable_native_library() -> Path | None:

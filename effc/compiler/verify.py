@@ -108,7 +108,7 @@ def verify(
     from effc.compiler.runtime import load as load_artifact
     from effc.compiler.verify_vocabulary import POSITIONAL, OwnTokens, split_texts, with_left_tokens
 
-    compiled = artifact if isinstance(artifact, CompiledModel) else load_artifact(artifact)
+    compiled = artifact if isinstance(artifact, CompiledModel) else load_artifact(artifact, engine=False)
     manifest = compiled.manifest
     settings = VerifySection.model_validate(manifest.recipe.get("verify", {}))
     data = data if data is not None else settings.data

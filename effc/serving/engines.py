@@ -1,7 +1,8 @@
 """Model repositories for TensorRT engines: one engine per compute capability, plugins, profiles, CUDA graphs.
 
-An engine file does not say what Triton has to know of it, so the caller does. The configuration is checked by Triton's
-schema and the files by their hashes; whether an engine runs shows on the GPU that it was built for.
+An engine file does not say what Triton has to know of it: the caller does, or effc.json (:func:`engine_set`). The
+configuration is checked by Triton's schema and the files by their hashes; whether an engine runs shows on the GPU that
+it was built for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from effc.compiler.manifest import TensorRecord
+from effc.compiler.runtime import check_files, read_manifest
 from effc.errors import UsageError
 from effc.exporters.triton_config import Instances, ModelConfig, Tensor
 from effc.serving.options import ServingOptions, check_name
@@ -47,6 +50,41 @@ class EngineSet:
     tensorrt: str
     plugins: Sequence[Path] = ()
     cuda_graphs: Sequence[tuple[int, Mapping[str, Sequence[int]]]] = ()
+
+
+def engine_set(artifact: str | Path, graph: str = "forward") -> EngineSet:
+    """The engines of a compiled artifact, for :func:`write_engines`.
+
+    Raises:
+        OutputError: if the artifact is damaged.
+        UsageError: if it has no such engines, or they are TensorRT-RTX's, which Triton does not run.
+    """
+    path = Path(artifact)
+    manifest = read_manifest(path)
+    record = manifest.engines
+    engines = [] if record is None else [engine for engine in record.engines if engine.graph == graph]
+    if record is None or not engines:
+        raise UsageError(f"'{path}' has no engine of its {graph} graph.", "Compile with --target=tensorrt.")
+    if record.flavour != "tensorrt":
+        raise UsageError(
+            "Triton's tensorrt backend runs engines of full TensorRT, and these are TensorRT-RTX's.",
+            "Compile with --target=tensorrt on the GPU that will serve.",
+        )
+    check_files(path, manifest, [name for name in manifest.files if name.startswith("engines/")])
+    first = engines[0]
+    return EngineSet(
+        files={f"{engine.arch[3:-1]}.{engine.arch[-1]}": path / engine.file for engine in engines},
+        inputs=[_tensor(tensor) for tensor in first.inputs],
+        outputs=[_tensor(tensor) for tensor in first.outputs],
+        profiles=[Profile({name: most for name, (_, _, most) in profile.items()}) for profile in first.profiles],
+        tensorrt=record.version,
+        plugins=[path / record.plugin] if record.plugin else [],
+    )
+
+
+def _tensor(record: TensorRecord) -> Tensor:
+    dims = tuple(dim if isinstance(dim, int) else -1 for dim in record.shape[1:])
+    return Tensor(record.name, "float32" if record.dtype == "float" else record.dtype, dims)
 
 
 def write_engines(

@@ -1,0 +1,116 @@
+#include "tensorrt/attributes.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <sstream>
+
+#include "pattern/parse.hpp"
+
+namespace effc::trt {
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+// Parsers differ in the width that they give ONNX's 64-bit integers.
+bool read(const PluginField& field, int32_t& value) {
+  if (field.data == nullptr || field.length < 1) return false;
+  switch (field.type) {
+    case PluginFieldType::kINT32:
+      std::memcpy(&value, field.data, sizeof value);
+      return true;
+    case PluginFieldType::kINT64: {
+      int64_t wide = 0;
+      std::memcpy(&wide, field.data, sizeof wide);
+      value = static_cast<int32_t>(wide);
+      return value == wide;
+    }
+    default:
+      return false;
+  }
+}
+
+bool read(const PluginField& field, float& value) {
+  if (field.data == nullptr || field.length < 1 || field.type != PluginFieldType::kFLOAT32) return false;
+  std::memcpy(&value, field.data, sizeof value);
+  return true;
+}
+
+bool read(const PluginField& field, std::string& value) {
+  if (field.length < 0 || field.type != PluginFieldType::kCHAR) return false;
+  if (field.data == nullptr) return field.length == 0;
+  const auto* text = static_cast<const char*>(field.data);
+  // Some callers count the terminating zero, some do not.
+  value.assign(text, strnlen(text, static_cast<size_t>(field.length)));
+  return true;
+}
+
+std::string place_inputs(Attributes& attributes) {
+  attributes.places.fill(kAbsent);
+  attributes.input_count = kRequired;
+  std::stringstream names(attributes.inputs);
+  int32_t last = -1;
+  for (std::string name; std::getline(names, name, ',');) {
+    int32_t which = 0;
+    while (which < kOptionalCount && name != kOptionalNames[which]) ++which;
+    if (which == kOptionalCount) return "it knows no input '" + name + "'.";
+    if (which <= last) return "its inputs '" + attributes.inputs + "' are not in the operator's order.";
+    attributes.places[which] = attributes.input_count++;
+    last = which;
+  }
+  return "";
+}
+
+std::string check(Attributes& attributes) {
+  const std::string problem = parse_pattern(attributes.pattern, attributes.causal != 0, attributes.parsed);
+  if (!problem.empty()) return problem;
+  if (attributes.num_heads < 1 || attributes.kv_num_heads < 1 ||
+      attributes.num_heads % attributes.kv_num_heads != 0) {
+    return "it has " + std::to_string(attributes.num_heads) + " heads and " + std::to_string(attributes.kv_num_heads) +
+           " key/value heads; the first must be a multiple of the second.";
+  }
+  if (!std::isfinite(attributes.scale)) return "its scale is not finite.";
+  return place_inputs(attributes);
+}
+
+}  // namespace
+
+std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attributes& attributes) {
+  for (int32_t index = 0; index < fields.nbFields; ++index) {
+    const PluginField& field = fields.fields[index];
+    const std::string name = field.name;
+    bool fits = true;
+    if (name == "pattern") fits = read(field, attributes.pattern);
+    else if (name == "inputs") fits = read(field, attributes.inputs);
+    else if (name == "causal") fits = read(field, attributes.causal);
+    else if (name == "num_heads") fits = read(field, attributes.num_heads);
+    else if (name == "kv_num_heads") fits = read(field, attributes.kv_num_heads);
+    else if (name == "scale") fits = read(field, attributes.scale);
+    if (!fits) return "its attribute '" + name + "' has another type than it should.";
+  }
+  return check(attributes);
+}
+
+std::array<PluginField, kFieldCount> field_names() {
+  return {PluginField("pattern", nullptr, PluginFieldType::kCHAR, 0),
+          PluginField("inputs", nullptr, PluginFieldType::kCHAR, 0),
+          PluginField("causal", nullptr, PluginFieldType::kINT32, 1),
+          PluginField("num_heads", nullptr, PluginFieldType::kINT32, 1),
+          PluginField("kv_num_heads", nullptr, PluginFieldType::kINT32, 1),
+          PluginField("scale", nullptr, PluginFieldType::kFLOAT32, 1)};
+}
+
+std::array<PluginField, kFieldCount> fields_of(const Attributes& attributes) {
+  auto fields = field_names();
+  fields[0].data = attributes.pattern.data();
+  fields[0].length = static_cast<int32_t>(attributes.pattern.size());
+  fields[1].data = attributes.inputs.data();
+  fields[1].length = static_cast<int32_t>(attributes.inputs.size());
+  fields[2].data = &attributes.causal;
+  fields[3].data = &attributes.num_heads;
+  fields[4].data = &attributes.kv_num_heads;
+  fields[5].data = &attributes.scale;
+  return fields;
+}
+
+}  // namespace effc::trt

@@ -1,0 +1,45 @@
+// What a node of effc::SparseAttention says of itself, as ONNX attributes and as the fields that a plan keeps.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "NvInfer.h"
+#include "cuda/sparse_attention.hpp"
+
+namespace effc::trt {
+
+// The inputs behind query, key and value, in the operator's order. TensorRT knows no input that is left out, so a node
+// names those that it has in its attribute `inputs`.
+enum Optional : int32_t { kKeyMask, kMarks, kDistanceBias, kDistanceSlope, kOptionalCount };
+constexpr std::array<const char*, kOptionalCount> kOptionalNames = {"key_mask", "marks", "distance_bias",
+                                                                     "distance_slope"};
+constexpr int32_t kRequired = 3;
+constexpr int32_t kAbsent = -1;
+
+struct Attributes {
+  std::string pattern;
+  std::string inputs = "key_mask";  // comma-separated names out of kOptionalNames, in that order
+  int32_t causal = 0;
+  int32_t num_heads = 0;
+  int32_t kv_num_heads = 0;
+  float scale = 0;
+
+  // Found from the above.
+  Pattern parsed{};
+  std::array<int32_t, kOptionalCount> places{};  // index among the plugin's inputs, or kAbsent
+  int32_t input_count = 0;
+};
+
+// Reads the fields of a node or of a plan and returns "", or what is wrong with them.
+std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attributes& attributes);
+
+// The names of all fields, in the order in which `fields_of` fills them.
+constexpr int32_t kFieldCount = 6;
+std::array<nvinfer1::PluginField, kFieldCount> field_names();
+
+// The fields that a plan keeps. They point into `attributes`.
+std::array<nvinfer1::PluginField, kFieldCount> fields_of(const Attributes& attributes);
+
+}  // namespace effc::trt

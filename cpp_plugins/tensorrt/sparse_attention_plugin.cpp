@@ -1,0 +1,174 @@
+#include "tensorrt/sparse_attention_plugin.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "tensorrt/log.hpp"
+#include "tensorrt/problem.hpp"
+
+namespace effc::trt {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::IPluginV3;
+using nvinfer1::PluginCapabilityType;
+using nvinfer1::PluginTensorDesc;
+
+constexpr int32_t kDone = 0;
+constexpr int32_t kFailed = -1;
+
+// The largest shapes of the profile. An unknown size means that there is no profile yet, so nothing can be said.
+bool largest_shapes(const DynamicPluginTensorDesc* inputs, int32_t count, std::vector<Dims>& shapes) {
+  for (int32_t index = 0; index < count; ++index) {
+    shapes.push_back(inputs[index].max);
+    for (int32_t axis = 0; axis < shapes.back().nbDims; ++axis) {
+      if (shapes.back().d[axis] < 0) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+SparseAttentionPlugin::SparseAttentionPlugin(std::string layer, Attributes attributes)
+    : layer_(std::move(layer)), attributes_(std::move(attributes)) {}
+
+nvinfer1::IPluginCapability* SparseAttentionPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
+  switch (type) {
+    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+IPluginV3* SparseAttentionPlugin::clone() noexcept {
+  try {
+    return new SparseAttentionPlugin(layer_, attributes_);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+int32_t SparseAttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
+                                                  int32_t) const noexcept {
+  outputs[0] = inputs[0];
+  return kDone;
+}
+
+int32_t SparseAttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
+                                               const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
+                                               int32_t, nvinfer1::IExprBuilder&) noexcept {
+  if (input_count != attributes_.input_count) {
+    complain("it has " + std::to_string(input_count) + " inputs, but its attributes speak of " +
+             std::to_string(attributes_.input_count) + " (key_mask and so on are named in 'inputs').");
+    return kFailed;
+  }
+  outputs[0] = inputs[0];
+  return kDone;
+}
+
+bool SparseAttentionPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
+                                                      int32_t, int32_t) noexcept {
+  const PluginTensorDesc& tensor = tensors[position].desc;
+  // Other layouts are offered in turn, which is no fault of the graph.
+  if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+  return complain(check_tensor(attributes_, position, tensor, tensors[0].desc.type));
+}
+
+int32_t SparseAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+                                               const DynamicPluginTensorDesc*, int32_t) noexcept {
+  std::vector<Dims> shapes;
+  if (!largest_shapes(inputs, input_count, shapes)) return kDone;
+  cuda::SparseAttention problem;
+  std::string reason = read_problem(attributes_, shapes.data(), Shapes::kBounds, inputs[0].desc.type, problem);
+  if (reason.empty()) reason = refused(problem);
+  return complain(reason) ? kDone : kFailed;
+}
+
+size_t SparseAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+                                               const DynamicPluginTensorDesc*, int32_t) const noexcept {
+  std::vector<Dims> shapes;
+  cuda::SparseAttention problem;
+  if (!largest_shapes(inputs, input_count, shapes) ||
+      !read_problem(attributes_, shapes.data(), Shapes::kBounds, inputs[0].desc.type, problem).empty()) {
+    return 0;
+  }
+  return cuda::workspace_bytes(problem);
+}
+
+int32_t SparseAttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
+                                             const PluginTensorDesc*, int32_t) noexcept {
+  std::vector<Dims> shapes;
+  for (int32_t index = 0; index < input_count; ++index) shapes.push_back(inputs[index].dims);
+  cuda::SparseAttention problem;
+  std::string reason = read_problem(attributes_, shapes.data(), Shapes::kActual, inputs[0].type, problem);
+  if (reason.empty()) reason = refused(problem);
+  return complain(reason) ? kDone : kFailed;
+}
+
+int32_t SparseAttentionPlugin::enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
+                                       const void* const* inputs, void* const* outputs, void* workspace,
+                                       cudaStream_t stream) noexcept {
+  Dims shapes[kRequired + kOptionalCount];
+  for (int32_t index = 0; index < attributes_.input_count; ++index) shapes[index] = input_descriptions[index].dims;
+  cuda::SparseAttention problem;
+  if (!complain(read_problem(attributes_, shapes, Shapes::kActual, input_descriptions[0].type, problem))) return kFailed;
+  if (problem.batch == 0 || problem.q_len == 0) return kDone;
+
+  const auto input_of = [&](Optional which) -> const void* {
+    return attributes_.places[which] == kAbsent ? nullptr : inputs[attributes_.places[which]];
+  };
+  problem.query = inputs[0];
+  problem.key = inputs[1];
+  problem.value = inputs[2];
+  problem.key_mask = static_cast<const uint8_t*>(input_of(kKeyMask));
+  problem.marks = static_cast<const uint8_t*>(input_of(kMarks));
+  problem.distance_bias = static_cast<const float*>(input_of(kDistanceBias));
+  problem.distance_slope = static_cast<const float*>(input_of(kDistanceSlope));
+  problem.output = outputs[0];
+  const int error = cuda::launch(problem, workspace, stream);
+  if (error == cudaSuccess) return kDone;
+  complain(std::string("its kernel cannot be launched: ") + cudaGetErrorString(static_cast<cudaError_t>(error)) + ".");
+  return kFailed;
+}
+
+const nvinfer1::PluginFieldCollection* SparseAttentionPlugin::getFieldsToSerialize() noexcept {
+  fields_ = fields_of(attributes_);
+  collection_ = {kFieldCount, fields_.data()};
+  return &collection_;
+}
+
+// Tells the logger what is wrong, if anything is; true if nothing.
+bool SparseAttentionPlugin::complain(const std::string& problem) const {
+  if (problem.empty()) return true;
+  log(Severity::kERROR, "effc::SparseAttention '" + layer_ + "': " + problem);
+  return false;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+SparseAttentionCreator::SparseAttentionCreator() : fields_(field_names()), collection_{kFieldCount, fields_.data()} {}
+
+IPluginV3* SparseAttentionCreator::createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
+                                                nvinfer1::TensorRTPhase) noexcept {
+  try {
+    const std::string layer = name == nullptr ? "" : name;
+    Attributes attributes;
+    const std::string problem = fields == nullptr ? "it has no attributes." : read_attributes(*fields, attributes);
+    if (!problem.empty()) {
+      log(Severity::kERROR, "effc::SparseAttention '" + layer + "': " + problem);
+      return nullptr;
+    }
+    return new SparseAttentionPlugin(layer, std::move(attributes));
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+}  // namespace effc::trt

@@ -1,0 +1,83 @@
+// effc::SparseAttention as a TensorRT plugin (IPluginV3), and the creator that makes it from a node or from a plan.
+//
+// Nothing here refers to TensorRT's own library: what a plugin needs it is handed through interfaces. That lets one
+// library be loaded by TensorRT 10, 11 and TensorRT-RTX. For the same reason nothing registers itself: releases differ
+// in the registry's virtual functions, and the process that loads the library asks for the creators instead.
+#pragma once
+
+#include <string>
+
+#include "NvInfer.h"
+#include "tensorrt/attributes.hpp"
+
+namespace effc::trt {
+
+constexpr const char* kPluginName = "SparseAttention";
+constexpr const char* kPluginVersion = "1";
+constexpr const char* kPluginNamespace = "effc";
+
+class SparseAttentionPlugin final : public nvinfer1::IPluginV3,
+                                    public nvinfer1::IPluginV3OneCore,
+                                    public nvinfer1::IPluginV3OneBuild,
+                                    public nvinfer1::IPluginV3OneRuntime {
+ public:
+  SparseAttentionPlugin(std::string layer, Attributes attributes);
+
+  // IPluginV3
+  nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+  nvinfer1::IPluginV3* clone() noexcept override;
+
+  // IPluginV3OneCore
+  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+  // IPluginV3OneBuild
+  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count, const nvinfer1::DataType* inputs,
+                             int32_t input_count) const noexcept override;
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*, int32_t,
+                          nvinfer1::DimsExprs* outputs, int32_t output_count,
+                          nvinfer1::IExprBuilder& builder) noexcept override;
+  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                 int32_t input_count, int32_t output_count) noexcept override;
+  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
+                          const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t output_count) noexcept override;
+  size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
+                          const nvinfer1::DynamicPluginTensorDesc* outputs,
+                          int32_t output_count) const noexcept override;
+
+  // IPluginV3OneRuntime
+  int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
+                        const nvinfer1::PluginTensorDesc* outputs, int32_t output_count) noexcept override;
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
+                  const nvinfer1::PluginTensorDesc* output_descriptions, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
+
+ private:
+  bool complain(const std::string& problem) const;
+
+  std::string layer_;
+  Attributes attributes_;
+  std::array<nvinfer1::PluginField, kFieldCount> fields_{};
+  nvinfer1::PluginFieldCollection collection_{};
+};
+
+class SparseAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  SparseAttentionCreator();
+  nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
+                                    nvinfer1::TensorRTPhase phase) noexcept override;
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
+  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+ private:
+  std::array<nvinfer1::PluginField, kFieldCount> fields_;
+  nvinfer1::PluginFieldCollection collection_;
+};
+
+}  // namespace effc::trt

@@ -1,0 +1,235 @@
+"""The TensorRT plugin library in real plugin registries, and inside an engine.
+
+``EFFC_TENSORRT_LIBRARY`` names a finished library to test. Without it the plugin is compiled around kernels that do
+nothing, because the real ones take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attention_cases import one_node_model
+
+from effc.compiler.cache import cache_directory
+from effc.errors import MissingDependencyError, PassFailedError
+from effc.exporters.engine_attention import lower_attention
+from effc.exporters.engine_build import Request, build_engine
+from effc.exporters.engine_log import PLUGIN, serve
+from effc.exporters.half_precision import to_half
+from effc.exporters.tensorrt_flavours import FLAVOURS
+from effc.plugins import tensorrt_library
+from effc.plugins.forms.registry import parse_form
+from effc.plugins.operator import AttentionGeometry
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+LEAN = ["10.15.1.29", "10.16.1.11", "11.4.0.106"]
+# Creates plugins in a registry and says which of them were made; run with the folder of one TensorRT on sys.path.
+PROBE = """
+import importlib, json, sys
+trt = importlib.import_module(sys.argv[1]); library = sys.argv[2]
+registry = trt.get_plugin_registry()
+registry.load_library(library)
+creator = registry.get_creator("SparseAttention", "1", "effc")
+assert creator is not None, "there is no creator"
+import numpy as np
+def make(**changes):
+    values = {"pattern": "local:64", "inputs": "key_mask", "causal": 0, "num_heads": 12, "kv_num_heads": 12}
+    values = {**values, "scale": 0.1, **changes}
+    kinds = {str: trt.PluginFieldType.CHAR, int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
+    keep, fields = [], []
+    for name, value in values.items():
+        if value is None: continue
+        data = np.frombuffer(value.encode(), np.int8) if isinstance(value, str) else np.array(
+            [value], np.int32 if isinstance(value, int) else np.float32)
+        keep.append(data)
+        fields.append(trt.PluginField(name, data, kinds[type(value)]))
+    try:
+        return creator.create_plugin("layer", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    except Exception:
+        return None
+cases = json.loads(sys.argv[3])
+print(json.dumps({name: make(**changes) is not None for name, changes in cases.items()}))
+"""
+CASES = {
+    "plain": {},
+    "every input": {"inputs": "key_mask,marks,distance_bias,distance_slope"},
+    "no input": {"inputs": ""},
+    "grouped, causal, global": {"pattern": "global:16|local:64", "causal": 1, "kv_num_heads": 3},
+    "bad pattern": {"pattern": "lokal:64"},
+    "unknown input": {"inputs": "mask"},
+    "inputs out of order": {"inputs": "marks,key_mask"},
+    "heads that do not divide": {"kv_num_heads": 5},
+    "no heads": {"num_heads": None},
+    "scale of another type": {"scale": 1},
+}
+TAKEN = {"plain", "every input", "no input", "grouped, causal, global"}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    given = os.environ.get("EFFC_TENSORRT_LIBRARY")
+    if given:
+        return Path(given)
+    if tensorrt_library.find_nvcc() is None:
+        pytest.skip("there is no nvcc, which compiles the plugin")
+    if tensorrt_library.find_headers() is None:
+        pytest.skip("there is no NvInfer.h: pip install --no-deps kernel-lens")
+    sources = tmp_path_factory.mktemp("sources")
+    for folder in ("pattern", "tensorrt"):
+        shutil.copytree(CHECKOUT / "cpp_plugins" / folder, sources / folder)
+    (sources / "cuda").mkdir()
+    shutil.copy(CHECKOUT / "cpp_plugins/cuda/sparse_attention.hpp", sources / "cuda")
+    shutil.copy(CHECKOUT / "tests/native/standin_kernels.cu", sources / "cuda")
+    found = tensorrt_library.find_compiler()
+    compiler = tensorrt_library.PluginCompiler(found.nvcc, found.include, sources)
+    made = tmp_path_factory.mktemp("library") / tensorrt_library.LIBRARY_NAME
+    compiler.compile([89], made)
+    return made
+
+
+def created(module: str, library: Path, folder: Path | None = None) -> dict[str, bool]:
+    path = os.pathsep.join([str(folder)] if folder else [])
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, module, str(library), json.dumps(CASES)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_the_library_links_no_tensorrt_and_exports_two_functions(library):
+    needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
+    assert "nvinfer" not in needed and "tensorrt" not in needed and "libcudart" not in needed
+    names = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True).stdout
+    functions = {line.split()[-1] for line in names.splitlines() if line.split()[1] == "T"}
+    assert functions == {"getCreators", "setLoggerFinder"}
+
+
+def test_a_plan_keeps_every_attribute(library, tmp_path):
+    nvcc, include = tensorrt_library.find_nvcc(), tensorrt_library.find_headers()
+    if nvcc is None or include is None:
+        pytest.skip("there is no nvcc or no NvInfer.h to compile the test with")
+    program = tmp_path / "roundtrip"
+    source = CHECKOUT / "tests/native/plugin_roundtrip.cpp"
+    subprocess.run([nvcc, "-std=c++17", "-isystem", include, source, "-o", program, "-ldl"], check=True)
+    done = subprocess.run([program, library], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    said = dict(line.split(" (")[0].split("=") for line in done.stdout.splitlines())
+    assert said == {
+        "pattern": "global:4|local:16",
+        "inputs": "marks,distance_slope",
+        "causal": "1",
+        "num_heads": "6",
+        "kv_num_heads": "2",
+        "scale": "0.125000",
+    }
+
+
+def test_tensorrt_rtx_creates_the_plugin(library):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    assert created("tensorrt_rtx", library) == {name: name in TAKEN for name in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", LEAN)
+def test_tensorrt_10_and_11_create_the_plugin(library, version):
+    folder = cache_directory() / "tests" / f"tensorrt-lean-{version}"
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+        done = subprocess.run([*command, f"tensorrt-lean=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"tensorrt-lean {version} cannot be fetched: {done.stderr[-300:]}")
+    assert created("tensorrt_lean", library, folder) == {name: name in TAKEN for name in CASES}
+
+
+def build(library: Path, folder: Path, half: ir.DataType | None, *, head_dim: int = 32, mask: str = "bool"):
+    """An engine of one attention layer."""
+    geometry = AttentionGeometry(parse_form("global:4|local:16"), False, 4, 2, head_dim, 0.2)
+    model = one_node_model(geometry, True, {"distance_bias": np.zeros((4, 33), np.float32)})
+    graph = ir.serde.deserialize_model(model)
+    graph.graph[0].name = "encoder.layer.0.attention"
+    if half is not None:
+        to_half(graph, half)
+    lower_attention(graph, True)
+    if mask != "bool":
+        next(value for value in graph.graph.inputs if value.name == "key_mask").dtype = ir.DataType.INT32
+    onnx.save(ir.serde.serialize_model(graph), folder / "g.onnx")
+    profile = {
+        value.name: tuple(
+            [dim if isinstance(dim, int) else {"batch": 2}.get(dim.value, most) for dim in value.shape]
+            for most in (8, 64, 128)
+        )
+        for value in graph.graph.inputs
+    }
+    request = Request(
+        "tensorrt_rtx", str(folder / "g.onnx"), str(folder / "plan"), str(folder / "log"), str(library), None, 89,
+        [profile],
+    )  # fmt: skip
+    return build_engine(FLAVOURS["tensorrt_rtx"], request, "layer")
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        ir.DataType.FLOAT16,
+        pytest.param(ir.DataType.BFLOAT16, marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_holds_the_plugin_in_every_precision(library, tmp_path, half):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    built = build(library, tmp_path, half)
+    assert serve(built.layers, ["encoder.layer.0.attention"], {}).attention == {"encoder.layer.0.attention": PLUGIN}
+    assert (tmp_path / "plan").stat().st_size > 1000
+
+
+def test_what_the_plugin_refuses_reaches_the_user(library, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    with pytest.raises(PassFailedError, match=r"effc::SparseAttention 'encoder.layer.0.attention': .*head_dim"):
+        build(library, tmp_path, ir.DataType.FLOAT16, head_dim=512)
+    with pytest.raises(PassFailedError, match=r"key_mask is INT32; it must be BOOL"):
+        build(library, tmp_path, ir.DataType.FLOAT16, mask="int32")
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("EFFC_TENSORRT_LIBRARY", "/nowhere/lib.so")
+    with pytest.raises(MissingDependencyError, match="EFFC_TENSORRT_LIBRARY names '/nowhere/lib.so'"):
+        tensorrt_library.existing_library()
+
+
+def test_compiler_errors_are_passed_on(tmp_path, monkeypatch):
+    for folder in ("pattern", "cuda", "tensorrt"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tensorrt/broken.cpp").write_text("int x = ;\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\necho "broken.cpp(1): error: expected an expression" >&2; exit 1\n')
+    nvcc.chmod(0o755)
+    compiler = tensorrt_library.PluginCompiler(str(nvcc), tmp_path, tmp_path)
+    with pytest.raises(PassFailedError, match="error: expected an expression"):
+        compiler.compile([89], tmp_path / "lib.so")
+
+
+def test_another_architecture_is_another_library(tmp_path, monkeypatch):
+    for folder in ("pattern", "cuda", "tensorrt"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(tensorrt_library.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="V13"))
+    compiler = tensorrt_library.PluginCompiler("nvcc", tmp_path, tmp_path)
+    first = compiler.key([89])
+    assert compiler.key([86, 89]) != first
+    (tmp_path / "cuda/kernel.cuh").write_text("// new\n")
+    assert compiler.key([89]) != first
