@@ -12,9 +12,9 @@ namespace effc::cuda {
 enum class Number : int32_t { kFloat, kHalf, kBFloat16 };
 
 // Row-major device tensors: query and output [batch, q_len, num_heads * head_dim], key and value
-// [batch, kv_len, kv_num_heads * head_dim], all of one number type; key_mask and marks [batch, kv_len] with 0 for false;
-// log_sum_exp [batch, num_heads, q_len], natural logarithm, -infinity where a row sees no key. The queries are the last
-// q_len of the kv_len positions. A row that sees no key gives zeros.
+// [batch, kv_len, kv_num_heads * head_dim], all of one number type; key_mask and marks [batch, kv_len] with 0 for
+// false; log_sum_exp [batch, num_heads, q_len], natural logarithm, -infinity where a row sees no key. The queries are
+// the last q_len of the kv_len positions. A row that sees no key gives zeros.
 struct SparseAttention {
   const void* query;
   const void* key;

@@ -15,6 +15,13 @@
 #define EFFC_HD static inline
 #endif
 
+// Before a loop that a GPU runs rarely: unrolled, these loops would be most of a kernel's code.
+#if defined(__CUDACC__)
+#define EFFC_ROLLED _Pragma("unroll 1")
+#else
+#define EFFC_ROLLED
+#endif
+
 namespace effc {
 
 // A position in the sequence. 32 bits keep device code small; kernels accept at most kMaxLength positions, so that
@@ -96,11 +103,14 @@ EFFC_HD Position random_block(const Term& term, Position query_block, Position n
   const int64_t among = causal ? int64_t{query_block} + 1 : (int64_t{length} + kRandomBlock - 1) / kRandomBlock;
   int64_t state =
       (int64_t{term.seed} * 7919 + int64_t{query_block} * 104729 + int64_t{number} * 1299709 + 1) % kRandomPrime;
+  EFFC_ROLLED
   for (int round = 0; round < 3; ++round) state = (state * state + 48271) % kRandomPrime;
-  return static_cast<Position>(state % among);
+  // Both fit into 32 bits, where a GPU divides several times faster.
+  return static_cast<Position>(static_cast<uint32_t>(state) % static_cast<uint32_t>(among));
 }
 
 EFFC_HD bool draws_block(const Term& term, Position query_block, Position key_block, bool causal, Position length) {
+  EFFC_ROLLED
   for (Position number = 0; number < term.count; ++number) {
     if (random_block(term, query_block, number, causal, length) == key_block) return true;
   }
@@ -133,6 +143,7 @@ EFFC_HD bool visible(const Term& term, const Scope& scope, bool causal, Position
 
 EFFC_HD bool visible(const Pattern& pattern, const Scope& scope, Position i, Position j) {
   if (pattern.causal && j > i) return false;
+  EFFC_ROLLED
   for (int t = 0; t < pattern.term_count; ++t) {
     if (visible(pattern.terms[t], scope, pattern.causal, i, j)) return true;
   }
@@ -160,7 +171,9 @@ EFFC_HD Range next_keys_seen(const Term& term, const Scope& scope, bool causal, 
     case TermKind::kRandom: {
       const Position first_block = bounds.begin / kRandomBlock;
       Position nearest = kMaxLength / kRandomBlock;
+      EFFC_ROLLED
       for (Position block = queries.begin / kRandomBlock; block <= last_query / kRandomBlock; ++block) {
+        EFFC_ROLLED
         for (Position number = 0; number < term.count; ++number) {
           const Position drawn = random_block(term, block, number, causal, scope.length);
           if (drawn >= first_block && drawn < nearest) nearest = drawn;
@@ -171,7 +184,8 @@ EFFC_HD Range next_keys_seen(const Term& term, const Scope& scope, bool causal, 
     case TermKind::kFirstKeys:
       return clip({0, term.count}, bounds);
     case TermKind::kFirstQueries:
-      return queries.begin < term.count ? bounds : Range{0, 0};
+      if (queries.begin >= term.count) return {0, 0};
+      return causal ? clip({0, term.count}, bounds) : bounds;
     case TermKind::kMarked:
       return scope.marks != nullptr ? bounds : Range{0, 0};
   }
@@ -207,6 +221,7 @@ EFFC_HD bool sees_all(const Term& term, const Scope& scope, bool causal, Range q
 // correct and merely slower.
 EFFC_HD bool sees_all(const Pattern& pattern, const Scope& scope, Range queries, Range keys) {
   if (pattern.causal && keys.end - 1 > queries.begin) return false;
+  EFFC_ROLLED
   for (int t = 0; t < pattern.term_count; ++t) {
     if (sees_all(pattern.terms[t], scope, pattern.causal, queries, keys)) return true;
   }
@@ -241,6 +256,7 @@ EFFC_HD uint64_t band_queries(const Term& term, const Progression& queries, Posi
     return (queries.first - j) % term.step == 0 ? queries_in(queries, range) : 0;
   }
   uint64_t bits = 0;
+  EFFC_ROLLED
   for (Position r = larger(steps_below(queries, range.begin), 0); r < queries.count; ++r) {
     const Position i = queries.first + r * queries.step;
     if (i >= range.end) break;
@@ -253,6 +269,7 @@ EFFC_HD uint64_t band_queries(const Term& term, const Progression& queries, Posi
 EFFC_HD uint64_t drawing_queries(const Term& term, const Scope& scope, bool causal, const Progression& queries,
                                  Position key_block) {
   uint64_t bits = 0;
+  EFFC_ROLLED
   for (Position r = 0; r < queries.count;) {
     const Position block = (queries.first + r * queries.step) / kRandomBlock;
     const Position end = smaller(steps_below(queries, (block + 1) * kRandomBlock), queries.count);
@@ -269,17 +286,20 @@ EFFC_HD void add_visible_queries(const Term& term, const Scope& scope, bool caus
     case TermKind::kBand:
       if (term.step == 1 && queries.step == 1 && keys.step == 1) {
         const Position first_distance = keys.first - queries.first;
+        EFFC_ROLLED
         for (Position n = 0; n < keys.count; ++n) {
           const Position distance = first_distance + n;
           seen[n] |= low_bits(smaller(distance + term.left + 1, queries.count)) & ~low_bits(distance - term.right);
         }
         return;
       }
+      EFFC_ROLLED
       for (Position n = 0; n < keys.count; ++n) seen[n] |= band_queries(term, queries, keys.first + n * keys.step);
       return;
     case TermKind::kBlocks: {
       Range begun = {-1, -1};  // the block of the last key
       uint64_t bits = 0;
+      EFFC_ROLLED
       for (Position n = 0; n < keys.count; ++n) {
         const Position j = keys.first + n * keys.step;
         if (j < begun.begin || j >= begun.end) {
@@ -294,6 +314,7 @@ EFFC_HD void add_visible_queries(const Term& term, const Scope& scope, bool caus
     case TermKind::kRandom: {
       Position drawn_for = -1;
       uint64_t bits = 0;
+      EFFC_ROLLED
       for (Position n = 0; n < keys.count; ++n) {
         const Position block = (keys.first + n * keys.step) / kRandomBlock;
         if (block != drawn_for) bits = drawing_queries(term, scope, causal, queries, block);
@@ -305,20 +326,24 @@ EFFC_HD void add_visible_queries(const Term& term, const Scope& scope, bool caus
     case TermKind::kFirstKeys: {
       const uint64_t every_query = low_bits(queries.count);
       const Position end = smaller(steps_below(keys, term.count), keys.count);
+      EFFC_ROLLED
       for (Position n = 0; n < end; ++n) seen[n] |= every_query;
       return;
     }
     case TermKind::kFirstQueries: {
       const uint64_t bits = queries_in(queries, {0, term.count});
+      EFFC_ROLLED
       for (Position n = 0; n < keys.count; ++n) seen[n] |= bits;
       return;
     }
     case TermKind::kMarked: {
       uint64_t bits = 0;
+      EFFC_ROLLED
       for (Position r = 0; r < queries.count; ++r) {
         if (marked(scope, queries.first + r * queries.step)) bits |= uint64_t{1} << r;
       }
       const uint64_t every_query = low_bits(queries.count);
+      EFFC_ROLLED
       for (Position n = 0; n < keys.count; ++n) {
         seen[n] |= marked(scope, keys.first + n * keys.step) ? every_query : bits;
       }
@@ -330,11 +355,14 @@ EFFC_HD void add_visible_queries(const Term& term, const Scope& scope, bool caus
 // Bit r of seen[n] becomes: query r of `queries` (at most 64) sees key n of `keys`.
 EFFC_HD void visible_queries(const Pattern& pattern, const Scope& scope, const Progression& queries,
                              const Progression& keys, uint64_t* seen) {
+  EFFC_ROLLED
   for (Position n = 0; n < keys.count; ++n) seen[n] = 0;
+  EFFC_ROLLED
   for (int t = 0; t < pattern.term_count; ++t) {
     add_visible_queries(pattern.terms[t], scope, pattern.causal, queries, keys, seen);
   }
   if (!pattern.causal || keys.first + (keys.count - 1) * keys.step <= queries.first) return;
+  EFFC_ROLLED
   for (Position n = 0; n < keys.count; ++n) seen[n] &= ~low_bits(steps_below(queries, keys.first + n * keys.step));
 }
 
@@ -366,13 +394,16 @@ EFFC_HD Range next_range(const KeyTileIterator& iterator, const Pattern& pattern
   if (iterator.seen_until > left.begin) {
     found = {left.begin, iterator.seen_until};
   } else {
+    EFFC_ROLLED
     for (int t = 0; t < pattern.term_count; ++t) {
       const Range seen = next_keys_seen(pattern.terms[t], scope, pattern.causal, iterator.queries, left.begin, left);
       if (!is_empty(seen) && seen.begin < found.begin) found = seen;
     }
   }
+  EFFC_ROLLED
   for (bool grown = true; grown && !is_empty(found) && found.end - found.begin < iterator.tile_size;) {
     grown = false;
+    EFFC_ROLLED
     for (int t = 0; t < pattern.term_count; ++t) {
       const Range seen = next_keys_seen(pattern.terms[t], scope, pattern.causal, iterator.queries, found.end, left);
       if (!is_empty(seen) && seen.begin == found.end) {

@@ -1,0 +1,36 @@
+// Sparse attention for callers without C++: benchmarks/cuda_device.py through ctypes.
+#include <string>
+
+#include "cuda/sparse_attention.hpp"
+#include "pattern/parse.hpp"
+
+// Tensors without mask, marks and biases. Null if the work is queued, else what is wrong, valid until the next call.
+extern "C" __attribute__((visibility("default"))) const char* effc_cuda_sparse_attention(
+    const void* query, const void* key, const void* value, void* output, void* workspace, int64_t workspace_bytes,
+    int64_t batch, int64_t q_len, int64_t kv_len, int64_t num_heads, int64_t kv_num_heads, int64_t head_dim,
+    float scale, int number, const char* pattern, int causal, void* stream) {
+  static std::string message;
+  effc::cuda::SparseAttention problem{};
+  message = effc::parse_pattern(pattern, causal != 0, problem.pattern);
+  if (!message.empty()) return message.c_str();
+  problem.query = query;
+  problem.key = key;
+  problem.value = value;
+  problem.output = output;
+  problem.batch = batch;
+  problem.q_len = q_len;
+  problem.kv_len = kv_len;
+  problem.num_heads = num_heads;
+  problem.kv_num_heads = kv_num_heads;
+  problem.head_dim = head_dim;
+  problem.scale = scale;
+  problem.number = static_cast<effc::cuda::Number>(number);
+  // The build is for the device at hand, whatever that is; launch fails on an older one.
+  constexpr int kOldestCapability = 80;
+  if (const char* refusal = effc::cuda::refusal(problem, kOldestCapability)) return refusal;
+  if (effc::cuda::workspace_bytes(problem) > static_cast<size_t>(workspace_bytes)) return "the workspace is too small.";
+  const int error = effc::cuda::launch(problem, workspace, stream);
+  if (error == 0) return nullptr;
+  message = "CUDA error " + std::to_string(error);
+  return message.c_str();
+}

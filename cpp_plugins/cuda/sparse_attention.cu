@@ -1,0 +1,139 @@
+// Chooses a kernel for a problem and queues it.
+#include <initializer_list>
+
+#include "cuda/attention_merge.cuh"
+#include "cuda/attention_scalar.cuh"
+#include "cuda/kernels.hpp"
+#include "cuda/sparse_attention.hpp"
+#include "cuda/tile_shapes.hpp"
+
+namespace effc::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = 2147483647;
+
+// The kernels for heads of up to so many numbers.
+struct HeadSize {
+  int head_dim;
+  TileKernel (*kernel)(TileVariant);
+  int (*launch)(TileVariant, const Call&, void*);
+};
+constexpr HeadSize kHeadSizes[] = {
+    {32, tile_kernel<32>, launch_tiles<32>},    {64, tile_kernel<64>, launch_tiles<64>},
+    {80, tile_kernel<80>, launch_tiles<80>},    {96, tile_kernel<96>, launch_tiles<96>},
+    {128, tile_kernel<128>, launch_tiles<128>}, {256, tile_kernel<256>, launch_tiles<256>},
+};
+
+// The smallest that fits, or null if tensor cores do not take this problem.
+const HeadSize* head_size_for(const SparseAttention& problem) {
+  constexpr int kNumbersPerCopy = 8;
+  if (problem.number == Number::kFloat || problem.head_dim % kNumbersPerCopy != 0) return nullptr;
+  for (const HeadSize& size : kHeadSizes) {
+    if (problem.head_dim <= size.head_dim) return &size;
+  }
+  return nullptr;
+}
+
+bool can_be_copied(const SparseAttention& problem) {
+  constexpr uintptr_t kCopyBytes = 16;
+  for (const void* tensor : {problem.query, problem.key, problem.value, static_cast<const void*>(problem.output)}) {
+    if (reinterpret_cast<uintptr_t>(tensor) % kCopyBytes != 0) return false;
+  }
+  return true;
+}
+
+// All queries of a group of heads fit into the smaller tile.
+TileVariant variant_for(const SparseAttention& problem) {
+  constexpr int64_t kFewRows = FewShape<64>::kRows;
+  return problem.q_len * (problem.num_heads / problem.kv_num_heads) <= kFewRows ? TileVariant::kFew
+                                                                                : TileVariant::kUsual;
+}
+
+template <class T>
+int launch_scalar(const Call& call, void* stream) {
+  return launch_kernel(attend_rows<T>, block_count(call.problem, call.schedule), kScalarThreads,
+                       scalar_shared_bytes(call.problem.head_dim), stream, call);
+}
+
+template <class T>
+int launch_merge(const Call& call, void* stream) {
+  return launch_kernel(merge_splits<T>, merge_blocks(call.problem), kMergeThreads, 0, stream, call);
+}
+
+template <class T>
+int launch_kernels(Call& call, void* workspace, void* stream) {
+  const SparseAttention& problem = call.problem;
+  const HeadSize* head_size = can_be_copied(problem) ? head_size_for(problem) : nullptr;
+  const TileVariant variant = variant_for(problem);
+  const TileSize tile_size = head_size == nullptr ? kScalarTile : head_size->kernel(variant).size;
+
+  call.schedule = schedule_for(problem, tile_size, multiprocessors());
+  Schedule& schedule = call.schedule;
+  schedule.partial_output = static_cast<float*>(workspace);
+  schedule.partial_log_sum_exp =
+      schedule.partial_output + schedule.splits * problem.batch * problem.q_len * problem.num_heads * problem.head_dim;
+
+  const int error = head_size == nullptr ? launch_scalar<T>(call, stream) : head_size->launch(variant, call, stream);
+  if (error != 0 || schedule.splits == 1) return error;
+  return launch_merge<T>(call, stream);
+}
+
+bool knows_negative_positions(const Pattern& pattern) {
+  for (int t = 0; t < pattern.term_count; ++t) {
+    const Term& term = pattern.terms[t];
+    if (term.kind == TermKind::kBlocks || term.kind == TermKind::kRandom || term.kind == TermKind::kMarked)
+      return false;
+    if (term.kind == TermKind::kBand && term.step > 1) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+const char* refusal(const SparseAttention& problem, int capability) {
+  if (capability < 80) return "effc's CUDA kernels need a device of compute capability 8.0 or newer.";
+  if (problem.batch < 0 || problem.q_len < 0 || problem.kv_len < 0) return "a dimension is negative.";
+  if (problem.q_len > kMaxLength || problem.kv_len > kMaxLength) {
+    return "sequences longer than 536870912 are not supported.";
+  }
+  if (problem.num_heads < 1 || problem.kv_num_heads < 1 || problem.num_heads % problem.kv_num_heads != 0) {
+    return "num_heads must be a multiple of kv_num_heads, and both at least 1.";
+  }
+  if (problem.head_dim < 1 || problem.head_dim > kScalarMaxHeadDim) {
+    return "head_dim must be 1 to 512. Leave this layer to the function body.";
+  }
+  if (problem.pattern.term_count < 0 || problem.pattern.term_count > kMaxTerms) {
+    return "the pattern has more than 64 terms.";
+  }
+  if (problem.bias_reach < 0 || problem.bias_reach > kMaxLength) return "the reach of distance_bias is out of range.";
+  if (problem.kv_len < problem.q_len && !knows_negative_positions(problem.pattern)) {
+    return "there are more queries than keys. The queries are the last positions of the keys, so pass past and present "
+           "keys together.";
+  }
+  // Of the smallest tiles. Only problems of few blocks are split.
+  if (problem.batch * problem.num_heads * divide_up(problem.q_len, kScalarWarps) > kMaxBlocks) {
+    return "the problem has too many rows for one launch. Use a smaller batch.";
+  }
+  return nullptr;
+}
+
+size_t workspace_bytes(const SparseAttention& problem) {
+  return most_workspace_bytes(problem);
+}
+
+int launch(const SparseAttention& problem, void* workspace, void* stream) {
+  if (problem.batch == 0 || problem.q_len == 0) return 0;
+  Call call{};
+  call.problem = problem;
+  switch (problem.number) {
+    case Number::kFloat:
+      return launch_kernels<float>(call, workspace, stream);
+    case Number::kHalf:
+      return launch_kernels<Half>(call, workspace, stream);
+    case Number::kBFloat16:
+      return launch_kernels<BFloat16>(call, workspace, stream);
+  }
+  return 1;  // cudaErrorInvalidValue
+}
+
+}  // namespace effc::cuda

@@ -1,0 +1,105 @@
+"""What nvcc makes of the kernels, on every architecture: nothing spills, and everything fits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import cuda_build
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Of the smallest device of an architecture, in bytes per block; what a block may ask for.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+# Blocks per multiprocessor that a kernel must at least reach, by head size, on devices with 100 KiB and with more.
+FEWEST_BLOCKS = {32: (3, 3), 64: (2, 2), 80: (2, 3), 96: (2, 3), 128: (2, 3), 256: (1, 1)}
+MOST_REGISTERS = {
+    (90, 64): 168,
+    (120, 80): 168,
+    (120, 96): 200,
+    **{(architecture, 256): 255 for architecture in SHARED_BYTES},
+}
+
+
+def needs_tools() -> None:
+    missing = cuda_build.missing_tools()
+    if missing is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", cuda_build.HEAD_SIZES)
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_tensor_core_kernels(architecture: int, head_dim: int) -> None:
+    needs_tools()
+    kernels = [kernel for kernel in cuda_build.kernels(architecture, (head_dim,)) if kernel.shape is not None]
+    assert {(kernel.number, kernel.name) for kernel in kernels} == {
+        (number, f"attend_tile {head_dim} {variant}") for number in ("Half", "BFloat16") for variant in ("usual", "few")
+    }
+    for kernel in kernels:
+        assert kernel.shape is not None
+        _, warps, row_blocks, keys, _, _ = kernel.shape
+        assert kernel.spill_bytes == kernel.stack_bytes == kernel.local_memory == 0, kernel
+        # One tile's products and no more: both matrix products, unrolled once.
+        assert kernel.tensor_core == row_blocks * (keys // 8) * (head_dim // 16) * 2, kernel
+        tile = cuda_build.tile_shapes()[head_dim, "few" if warps == 1 else "usual"]
+        assert tile["shared_bytes"] <= SHARED_BYTES[architecture]
+        blocks = cuda_build.blocks_per_multiprocessor(
+            architecture, kernel.registers, tile["threads"], tile["shared_bytes"]
+        )
+        if warps > 1:
+            assert kernel.registers <= MOST_REGISTERS.get((architecture, head_dim), 128), kernel
+            fewest = 1 if (architecture, head_dim) == (120, 96) else FEWEST_BLOCKS[head_dim][architecture in (80, 90)]
+            assert blocks >= fewest, kernel
+        assert blocks >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_other_kernels(architecture: int) -> None:
+    needs_tools()
+    kernels = cuda_build.kernels(architecture, ())
+    assert {kernel.name for kernel in kernels} == {"attend_rows", "merge_splits"}
+    assert {kernel.number for kernel in kernels} == {"float", "Half", "BFloat16"}
+    for kernel in kernels:
+        assert kernel.spill_bytes == kernel.local_memory == 0, kernel
+
+
+@pytest.mark.slow
+def test_counts_and_floors_need_no_nvcc() -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "cuda_static.py"), "--work"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cannot be done faster than" in printed
+    assert "nothing here was measured" in printed
+
+
+def test_device_benchmark_measures_nothing_without_a_device() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "cuda_device.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("No device: ")
+    assert " ms" not in printed
+
+
+@pytest.mark.slow
+def test_library_for_callers_without_cpp(tmp_path: Path) -> None:
+    """What benchmarks/cuda_device.py loads builds, and refuses before it touches a device."""
+    import ctypes
+
+    from native_build import cmake_build
+
+    needs_tools()
+    folder = cmake_build("cuda-c", "-DEFFC_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=86", target="effc_cuda_c")
+    library = ctypes.CDLL(str(folder / "libeffc_cuda_c.so"))
+    attend = library.effc_cuda_sparse_attention
+    attend.restype = ctypes.c_char_p
+    sizes = [ctypes.c_int64(size) for size in (0, 1, 8, 8, 4, 3, 64)]
+    pattern = (ctypes.c_float(1.0), ctypes.c_int(1), b"local:4", ctypes.c_int(0), ctypes.c_void_p())
+    message = attend(*[ctypes.c_void_p()] * 5, *sizes, *pattern)
+    assert b"multiple of kv_num_heads" in message
