@@ -10,8 +10,9 @@
 
 Everything is measured side by side in one run, in turns (peak, ours, other, peak, ours, other, ...), because other load
 changes the machine from minute to minute. Times are process CPU time, which waiting threads do not add to, divided by
-the number of threads. The peak is what one core does with multiply-adds from registers in the same round; "useful"
-FLOPs are those of visible pairs, 2 multiply-adds each per element of head_dim.
+the number of threads. The peak is what multiply-adds from registers reach per core with as many threads at it, right
+before and right after the kernel in the same round; "useful" FLOPs are those of visible pairs, 2 multiply-adds each
+per element of head_dim.
 
 Two figures of each: the median over rounds, which is what the machine gives under its present load, and the quietest,
 the shortest time against the highest peak of all rounds, which is what the kernel is capable of: other processes take
@@ -90,21 +91,23 @@ def cpu_seconds(run: Run, repeats: int = 1) -> float:
 
 
 def measure(contestants: Mapping[str, Run], threads: int, rounds: int, slow_rounds: int = 3) -> Measured:
-    """Run all of them in turns, each for at least 10 ms, because the clock ticks."""
+    """Run all of them in turns, each for at least 10 ms, because the clock ticks; the peak belongs to the first."""
     repeats, fewer = {}, {}
     for name, run in contestants.items():
         run()
         once = max(cpu_seconds(run), 1e-6)
         repeats[name] = max(1, round(0.01 / once))
         fewer[name] = once > SLOW_SECONDS
-    peak = peak_meter()
+    peak = peak_meter(threads)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     peaks = []
     for number in range(rounds):
-        peaks.append(peak())
+        before = peak()
         for name, run in contestants.items():
             if number < slow_rounds or not fewer[name]:
                 seconds[name].append(cpu_seconds(run, repeats[name]) / threads)
+            if name == next(iter(contestants)):
+                peaks.append((before + peak()) / 2)
     return Measured(seconds, peaks)
 
 

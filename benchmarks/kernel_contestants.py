@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,18 @@ def flex_attention(shape: Shape, threads: int) -> Run:
     return run
 
 
-def peak_meter() -> Callable[[], float]:
-    """Returns a function that measures floating point operations per second of one core, right now."""
+def peak_meter(threads: int) -> Callable[[], float]:
+    """Returns a function that measures floating point operations per second of CPU time, with all threads at it.
+
+    Busy cores share what the machine can spend on them, so one core alone would say too much of two.
+    """
     rounds = ctypes.CDLL(native.native_library()).effc_multiply_add_rounds
     rounds.restype, rounds.argtypes = ctypes.c_double, [ctypes.c_int64]
+    pool = ThreadPoolExecutor(threads)  # ctypes lets go of the interpreter's lock
 
     def measure() -> float:
         start = time.process_time()
-        operations: float = rounds(2_000_000)
+        operations: float = sum(pool.map(rounds, [1_000_000] * threads))
         return operations / (time.process_time() - start)
 
     return measure

@@ -7,32 +7,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/attention_call.hpp"
 #include "pattern/pattern.hpp"
 
 namespace effc::cpu {
 
-// Row-major tensors: query and output [batch, q_len, num_heads * head_dim], key and value
-// [batch, kv_len, kv_num_heads * head_dim], key_mask and marks [batch, kv_len], log_sum_exp [batch, num_heads, q_len].
 // The queries are the last q_len of the kv_len positions.
-struct Problem {
-  const float* query;
-  const float* key;
-  const float* value;
-  const uint8_t* key_mask;      // or null: every key may be attended
-  const uint8_t* marks;         // or null: no token is marked
+struct Problem : AttentionCall {
+  const uint8_t* marks;         // [batch, kv_len], or null: no token is marked
   const float* distance_bias;   // [num_heads, 2 * bias_reach + 1] by j - i, or null
   const float* distance_slope;  // [num_heads], times j - i, or null
-  float* output;
-  float* log_sum_exp;  // or null: not wanted
-
-  int64_t batch;
-  int64_t q_len;
-  int64_t kv_len;
-  int64_t num_heads;
-  int64_t kv_num_heads;
-  int64_t head_dim;
   Position bias_reach;
-  float scale;
+  float* log_sum_exp;  // [batch, num_heads, q_len], or null: not wanted
 };
 
 // The keys of one batch entry that a mask leaves.
@@ -109,12 +95,14 @@ struct QueryTile {
   bool listed;  // the queries are listed rows, which see everything
 };
 
-// Memory that will be needed soon, to be loaded a few rows at a time: too many at once would wait for each other.
+// Memory that will be needed soon, to be asked for a little at a time: too much at once would wait for itself. Rows are
+// followed from end to end, because that is how they lie in memory.
 struct Prefetch {
   const float* row;
   int64_t stride;
   int32_t rows;
   int64_t width;
+  int64_t done;  // of the row
 };
 
 // What one thread works with. Keys and values of a head lie far apart in the tensors, often a page each, where no
@@ -127,6 +115,9 @@ struct Workspace {
   float* packed_memory;     // slots of 2 * kKeyTile * head_dim
   int32_t blocks_per_head;  // slots of one key/value head, at least 1; all of a task: at most kMaxPackedBlocks
   int64_t first_kv_head;    // of the task
+  int64_t kv_heads;         // of the task, at least 1
+  int64_t first_head;       // of the task's query heads
+  int64_t heads;
   Position packed[kMaxPackedBlocks];  // the block of keys that each slot holds, or -1
   Prefetch keys, values, queries, outputs;
 };

@@ -28,11 +28,13 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 // Below any score: the running maximum before the first visible key.
 constexpr float kNoScore = -1e30f;
+// So far below it that the weight is zero even if nothing else was seen.
+constexpr float kHiddenScore = -2e30f;
 
-// 2^x for lowest <= x <= 0, relative error about 2e-7: a polynomial for the fraction, an exponent for the rest. Exact
-// at 0, so that an unchanged maximum rescales by exactly 1. NaN stays NaN: see Simd::max.
-inline Float exp2_above(Float x, float lowest) {
-  x = Simd::max(Simd::broadcast(lowest), x);
+// 2^x for x <= 0, relative error about 2e-7: a polynomial for the fraction, an exponent for the rest. Exact at 0, so
+// that an unchanged maximum rescales by exactly 1; zero below 2^-126, so that what is hidden by its score weighs
+// nothing; NaN stays NaN.
+inline Float exp2_nonpositive(Float x) {
   const Float fraction = Simd::fraction(x);
   Float power = Simd::broadcast(1.867130082e-3f);
   power = Simd::multiply_add(power, fraction, Simd::broadcast(9.017030284e-3f));
@@ -41,12 +43,6 @@ inline Float exp2_above(Float x, float lowest) {
   power = Simd::multiply_add(power, fraction, Simd::broadcast(0.6931513118f));
   power = Simd::multiply_add(power, fraction, Simd::broadcast(1.0f));
   return Simd::scale_by_power(power, x);
-}
-
-// Everything below 2^-100 becomes 2^-100, which adds nothing to a sum that holds a 1 and keeps denormal numbers (slow)
-// away.
-inline Float exp2_nonpositive(Float x) {
-  return exp2_above(x, -100.0f);
 }
 
 inline int vectors_for(int64_t floats) {

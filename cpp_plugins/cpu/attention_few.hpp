@@ -41,9 +41,8 @@ inline void softmax_row(float* scores, int keys, uint64_t visible, float& row_ma
   const float new_max = Simd::largest(largest);
   Float sum = Simd::zero();
   for (int j = 0; j < keys; j += kWidth) {
-    const Float distance = Simd::sub(Simd::load(scores + j), Simd::broadcast(new_max));
-    // A hidden score may be anything at all; the exponential wants a number.
-    const Float weight = exp2_nonpositive(Simd::select_or_zero(lanes(j), distance));
+    // A hidden score may be anything at all, even no number.
+    const Float weight = exp2_nonpositive(Simd::sub(Simd::load(scores + j), Simd::broadcast(new_max)));
     const Float kept = Simd::select_or_zero(lanes(j), weight);
     sum = Simd::add(sum, kept);
     Simd::store(scores + j, kept);

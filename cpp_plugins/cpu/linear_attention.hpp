@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cpu/attention_call.hpp"
+
 namespace effc::cpu {
 
 enum class FeatureMap {
@@ -16,27 +18,14 @@ enum class FeatureMap {
   kHedgehog,   // softmax([x A, -x A]) (Zhang et al., 2024)
 };
 
-// Row-major tensors as in attention.hpp. The queries are the last q_len of the kv_len positions if causal.
-struct LinearProblem {
-  const float* query;
-  const float* key;
-  const float* value;
-  const uint8_t* key_mask;  // [batch, kv_len], or null: every key is visible
+// The queries are the last q_len of the kv_len positions if causal.
+struct LinearProblem : AttentionCall {
   // Matrices that rows are multiplied with, their lines padded to whole vectors: [head_dim][padded features] for
   // kPerformer, times sqrt(scale); [heads][head_dim][padded head_dim] for kHedgehog; else null.
   const float* query_map;
   const float* key_map;
-  float* output;
-
   FeatureMap map;
-  int64_t batch;
-  int64_t q_len;
-  int64_t kv_len;
-  int64_t num_heads;
-  int64_t kv_num_heads;
-  int64_t head_dim;
   int64_t features;  // of the map: head_dim, the number of random features, or 2 * head_dim
-  float scale;
   bool causal;
 };
 
@@ -64,20 +53,22 @@ struct LinearState {
   float* stabiliser;
 };
 
-// What one thread works with, for chunks of kChunk rows.
+// What one thread works with, for chunks of kChunk rows of all heads of a task.
 struct LinearWorkspace {
-  float* query_features;  // [kChunk][padded features]
-  float* key_features;    // the same
-  float* keys_turned;     // [padded features][kChunk]
-  float* values;          // [kChunk][padded head_dim]
-  float* weights;         // [kChunk][kChunk]
-  float* output;          // [kChunk][padded head_dim]
-  float* projected;       // [kChunk][padded head_dim]
-  float* exponents;       // [kChunk], of the keys
+  float* query_features;  // [query heads][kChunk][padded features]
+  float* key_features;    // [key heads][kChunk][padded features]
+  float* values;          // [key heads][kChunk][padded head_dim]
+  float* output;          // [query heads][kChunk][padded head_dim]
+  float* denominators;    // [query heads][kChunk]
+  float* exponents;       // [key heads][kChunk]
+  // Of one head at a time:
+  float* keys_turned;  // [padded features][kChunk]
+  float* weights;      // [kChunk][kChunk]
+  float* projected;    // [kChunk][padded head_dim]
 };
 
 // Key/value heads [first, end) of one batch entry, with a state for each. They are worked through together, chunk by
-// chunk, because their rows lie side by side in memory.
+// chunk, because their rows lie side by side in memory: a row of all heads is read and written from end to end.
 struct LinearHeads {
   int64_t batch;
   int64_t first;

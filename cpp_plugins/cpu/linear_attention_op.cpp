@@ -1,7 +1,6 @@
 #include "cpu/linear_attention_op.hpp"
 
 #include <cmath>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -9,14 +8,13 @@
 #include "cpu/dispatch.hpp"
 #include "cpu/linear_plan.hpp"
 #include "cpu/op_support.hpp"
+#include "cpu/operator_glue.hpp"
 
 namespace effc::cpu {
 namespace {
 
 // kFirstMap is the random features of performer, or the maps of hedgehog's queries; kSecondMap those of its keys.
-enum Input : size_t { kQuery, kKey, kValue, kKeyMask, kFirstMap, kSecondMap, kInputCount };
-
-constexpr const char* kName = "effc::LinearAttention";
+enum Input : size_t { kFirstMap = kAttentionInputCount, kSecondMap };
 
 // linear, linear:elu, linear:relu, performer, performer:FEATURES or hedgehog. The number of features is that of the
 // tensor, so it is only read here.
@@ -53,6 +51,10 @@ std::vector<float> padded_lines(const float* matrices, int64_t count, int64_t ro
 
 class LinearAttentionKernel {
  public:
+  static constexpr const char* kName = "LinearAttention";
+  static constexpr Port kInputs[] = {kTensor, kTensor, kTensor, kOptionalMask, kOptionalTensor, kOptionalTensor};
+  static constexpr Port kOutputs[] = {kTensor};
+
   LinearAttentionKernel(const ort::Api& api, const ort::KernelInfo* info)
       : api_(api), attributes_(read_attributes(api, info)), map_(read_map(attributes_.pattern)) {
     std::string problem;
@@ -61,33 +63,18 @@ class LinearAttentionKernel {
     kernels_ = kernels->linear;
   }
 
-  const ort::Api& api() const { return api_; }
-
   void compute(ort::KernelContext* context) const {
-    const Tensor query = read_input(api_, context, kQuery);
-    const Tensor key = read_input(api_, context, kKey);
-    const Tensor value = read_input(api_, context, kValue);
-    const Tensor key_mask = read_input(api_, context, kKeyMask);
     const Tensor first_map = read_input(api_, context, kFirstMap);
     const Tensor second_map = read_input(api_, context, kSecondMap);
-    check_attention_inputs(attributes_, query, key, value, key_mask, kMaxHeadDim);
-
     LinearProblem problem{};
+    static_cast<AttentionCall&>(problem) = read_attention_call(api_, context, attributes_, kMaxHeadDim);
     problem.map = map_;
     problem.causal = attributes_.causal;
-    problem.batch = query.shape[0];
-    problem.q_len = query.shape[1];
-    problem.kv_len = key.shape[1];
-    problem.num_heads = attributes_.num_heads;
-    problem.kv_num_heads = attributes_.kv_num_heads;
-    problem.head_dim = query.shape[2] / attributes_.num_heads;
-    problem.scale = attributes_.scale != 0 ? attributes_.scale : 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
     problem.features = check_maps(problem, first_map, second_map);
     if (problem.causal && problem.q_len > problem.kv_len) {
       refuse("there are " + std::to_string(problem.q_len) + " queries and " + std::to_string(problem.kv_len) +
              " keys. Causal queries are the last positions of the keys, so pass past and present keys together.");
     }
-    problem.output = allocate_output(api_, context, 0, query.shape);
     if (problem.batch == 0 || problem.q_len == 0) return;
 
     const std::vector<float> query_map = prepared_map(problem, first_map, problem.num_heads);
@@ -95,10 +82,6 @@ class LinearAttentionKernel {
         map_ == FeatureMap::kHedgehog ? prepared_map(problem, second_map, problem.kv_num_heads) : std::vector<float>();
     problem.query_map = query_map.data();
     problem.key_map = map_ == FeatureMap::kHedgehog ? key_map.data() : query_map.data();
-    problem.query = static_cast<const float*>(query.data);
-    problem.key = static_cast<const float*>(key.data);
-    problem.value = static_cast<const float*>(value.data);
-    problem.key_mask = static_cast<const uint8_t*>(key_mask.data);
     const bool done = run_linear(problem, *kernels_, [&](int64_t count, const std::function<void(int64_t)>& task) {
       parallel_for(api_, context, count, task);
     });
@@ -143,46 +126,10 @@ class LinearAttentionKernel {
   const LinearKernels* kernels_ = nullptr;
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The operator's description for the runtime.
-
-ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
-  return guarded(*api, kName, [&] { *kernel = new LinearAttentionKernel(*api, info); });
-}
-
-ort::Status* compute(void* kernel_pointer, ort::KernelContext* context) {
-  const auto& kernel = *static_cast<const LinearAttentionKernel*>(kernel_pointer);
-  return guarded(kernel.api(), kName, [&] { kernel.compute(context); });
-}
-
-const ort::Api* g_inference_api = nullptr;
-
-ort::CustomOp describe() {
-  using ort::CustomOp;
-  CustomOp op = describe_operator();
-  op.GetName = [](const CustomOp*) { return "LinearAttention"; };
-  op.GetInputType = [](const CustomOp*, size_t index) { return index == kKeyMask ? ort::kBool : ort::kFloat; };
-  op.GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputCount; };
-  op.GetInputCharacteristic = [](const CustomOp*, size_t index) {
-    return index >= kKeyMask ? ort::kOptional : ort::kRequired;
-  };
-  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return ort::kRequired; };
-  op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = compute;
-  op.KernelDestroy = [](void* kernel) { delete static_cast<LinearAttentionKernel*>(kernel); };
-  op.InferOutputShape = [](const CustomOp*, ort::ShapeInferContext* context) {
-    return infer_output_like_query(*g_inference_api, context);
-  };
-  return op;
-}
-
 }  // namespace
 
 const ort::CustomOp* linear_attention_op(const ort::Api& api) {
-  g_inference_api = &api;
-  static const ort::CustomOp op = describe();
-  return &op;
+  return OperatorGlue<LinearAttentionKernel>::describe(api);
 }
 
 }  // namespace effc::cpu

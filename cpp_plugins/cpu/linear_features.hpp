@@ -11,7 +11,7 @@ static_assert(kLinePadding % kWidth == 0, "lines hold whole vectors");
 
 // e^x for x <= 0.
 inline Float exp_nonpositive(Float x) {
-  return exp2_above(Simd::mul(x, Simd::broadcast(kLog2E)), -125.0f);
+  return exp2_nonpositive(Simd::max(Simd::broadcast(-125.0f), Simd::mul(x, Simd::broadcast(kLog2E))));
 }
 inline float exp_nonpositive(float x) {
   float lanes[kWidth];
@@ -44,8 +44,9 @@ inline void map_elements(const float* from, int64_t count, float* features) {
     const Float positive = Simd::max(Simd::zero(), x);
     Float result = positive;
     if (kElu) result = Simd::add(positive, exp_nonpositive(Simd::sub(x, positive)));
-    const int lanes = static_cast<int>(count - n < kWidth ? count - n : kWidth);
-    Simd::store(features + n, Simd::select_or_zero(Simd::mask(low_bits(lanes)), result));
+    const int64_t left = count - n;
+    if (left < kWidth) result = Simd::select_or_zero(Simd::mask(low_bits(static_cast<Position>(left))), result);
+    Simd::store(features + n, result);
   }
 }
 
@@ -91,32 +92,67 @@ inline void softmax_both_signs(const float* projected, int64_t head_dim, float* 
   for (int64_t n = 2 * head_dim; n < padded_line(2 * head_dim); ++n) features[n] = 0;
 }
 
-// features [rows][padded features] of `rows` rows that lie `stride` apart. `exponents` [rows] of a stabilised map: null
-// for queries, whose factors cancel.
-inline void map_rows(const LinearProblem& problem, const float* from, int64_t stride, int rows, const float* matrix,
+// Rows of `heads` neighbouring heads. Row r of head h begins at rows + r * stride + h * head_dim.
+struct HeadRows {
+  const float* rows;
+  int64_t stride;
+  int64_t heads;
+  int count;      // of rows
+  int64_t ahead;  // rows behind the last that will be wanted next
+};
+
+// Asks for a row of all heads some rows before it is read: as far as the memory is away, and no further than fits the
+// first-level cache.
+inline void prefetch_ahead(const HeadRows& from, int64_t head_dim, int row) {
+  constexpr int kRowsBefore = 4;
+  if (row + kRowsBefore >= from.count + from.ahead) return;
+  const float* begin = from.rows + (row + kRowsBefore) * from.stride;
+  for (int64_t d = 0; d < from.heads * head_dim; d += kCacheLine) __builtin_prefetch(begin + d);
+}
+
+template <bool kElu>
+inline void map_rows_by_element(const HeadRows& from, int64_t head_dim, float* features) {
+  const int64_t line = padded_line(head_dim);
+  for (int r = 0; r < from.count; ++r) {
+    prefetch_ahead(from, head_dim, r);
+    const float* row = from.rows + r * from.stride;
+    for (int64_t head = 0; head < from.heads; ++head) {
+      map_elements<kElu>(row + head * head_dim, head_dim, features + (head * kChunk + r) * line);
+    }
+  }
+}
+
+// features [heads][kChunk][padded features]. `matrices` are the map's, one per head if it has one per head; `exponents`
+// [heads][kChunk] those of a stabilised map: null for queries, whose factors cancel.
+inline void map_rows(const LinearProblem& problem, const HeadRows& from, const float* matrices,
                      const LinearWorkspace& workspace, float* features, float* exponents) {
   const int64_t head_dim = problem.head_dim, line = padded_line(problem.features), dim_line = padded_line(head_dim);
   switch (problem.map) {
     case FeatureMap::kElu:
-      for (int r = 0; r < rows; ++r) map_elements<true>(from + r * stride, head_dim, features + r * line);
-      return;
+      return map_rows_by_element<true>(from, head_dim, features);
     case FeatureMap::kRelu:
-      for (int r = 0; r < rows; ++r) map_elements<false>(from + r * stride, head_dim, features + r * line);
-      return;
+      return map_rows_by_element<false>(from, head_dim, features);
     case FeatureMap::kPerformer:
-      multiply<false>(rows, line, head_dim, from, stride, 1, matrix, line, features, line);
-      for (int r = 0; r < rows; ++r) {
-        const float largest = exponentiate(features + r * line, problem.features);
-        if (exponents == nullptr) continue;
-        float squares = 0;
-        for (int64_t d = 0; d < head_dim; ++d) squares += from[r * stride + d] * from[r * stride + d];
-        exponents[r] = largest - 0.5f * problem.scale * squares;
+      for (int64_t head = 0; head < from.heads; ++head) {
+        const float* rows = from.rows + head * head_dim;
+        float* own = features + head * kChunk * line;
+        multiply<false>(from.count, line, head_dim, rows, from.stride, 1, matrices, line, own, line);
+        for (int r = 0; r < from.count; ++r) {
+          const float largest = exponentiate(own + r * line, problem.features);
+          if (exponents == nullptr) continue;
+          float squares = 0;
+          for (int64_t d = 0; d < head_dim; ++d) squares += rows[r * from.stride + d] * rows[r * from.stride + d];
+          exponents[head * kChunk + r] = largest - 0.5f * problem.scale * squares;
+        }
       }
       return;
     case FeatureMap::kHedgehog:
-      multiply<false>(rows, dim_line, head_dim, from, stride, 1, matrix, dim_line, workspace.projected, dim_line);
-      for (int r = 0; r < rows; ++r) {
-        softmax_both_signs(workspace.projected + r * dim_line, head_dim, features + r * line);
+      for (int64_t head = 0; head < from.heads; ++head) {
+        multiply<false>(from.count, dim_line, head_dim, from.rows + head * head_dim, from.stride, 1,
+                        matrices + head * head_dim * dim_line, dim_line, workspace.projected, dim_line);
+        for (int r = 0; r < from.count; ++r) {
+          softmax_both_signs(workspace.projected + r * dim_line, head_dim, features + (head * kChunk + r) * line);
+        }
       }
       return;
   }

@@ -25,77 +25,85 @@ inline void copy_padded(const float* from, int64_t count, float* to) {
   }
 }
 
-// Asks for one of `parts` equal parts of the rows of the next chunk, `width` numbers of each: whole rows at a time,
-// because that is how they lie in memory, and a part per head, so that the arithmetic need not wait.
-inline void prefetch_part(const float* rows, int64_t stride, int64_t count, int64_t width, int64_t part,
-                          int64_t parts) {
-  constexpr int kSecondLevel = 2;
-  const int64_t last = count < kChunk ? count : kChunk;
-  for (int64_t r = last * part / parts; r < last * (part + 1) / parts; ++r) {
-    for (int64_t d = 0; d < width; d += kCacheLine) __builtin_prefetch(rows + r * stride + d, 0, kSecondLevel);
-  }
+// One head's part of a workspace.
+inline LinearWorkspace of_head(const LinearProblem& problem, const LinearWorkspace& workspace, int64_t kv_head,
+                               int64_t head) {
+  const int64_t features = kChunk * padded_line(problem.features), dims = kChunk * padded_line(problem.head_dim);
+  LinearWorkspace own = workspace;
+  own.query_features += head * features;
+  own.key_features += kv_head * features;
+  own.values += kv_head * dims;
+  own.output += head * dims;
+  own.denominators += head * kChunk;
+  own.exponents += kv_head * kChunk;
+  return own;
 }
 
-inline void prefetch_keys(const LinearProblem& problem, const LinearHeads& heads, int64_t kv_head, int64_t next) {
-  const int64_t stride = problem.kv_num_heads * problem.head_dim, width = (heads.end - heads.first) * problem.head_dim;
-  const int64_t first = (heads.batch * problem.kv_len + next) * stride + heads.first * problem.head_dim;
-  const int64_t count = problem.kv_len - next, part = kv_head - heads.first, parts = heads.end - heads.first;
-  if (count <= 0) return;
-  prefetch_part(problem.key + first, stride, count, width, part, parts);
-  prefetch_part(problem.value + first, stride, count, width, part, parts);
-}
-
-inline void prefetch_queries(const LinearProblem& problem, const LinearHeads& heads, int64_t kv_head, int64_t next) {
-  const int64_t group = problem.num_heads / problem.kv_num_heads, stride = problem.num_heads * problem.head_dim;
-  const int64_t first = (heads.batch * problem.q_len + next) * stride + heads.first * group * problem.head_dim;
-  const int64_t count = problem.q_len - next, parts = heads.end - heads.first;
-  if (count <= 0) return;
-  prefetch_part(problem.query + first, stride, count, parts * group * problem.head_dim, kv_head - heads.first, parts);
+inline int64_t group_of(const LinearProblem& problem) {
+  return problem.num_heads / problem.kv_num_heads;
 }
 
 // Features, exponents and values of the keys [begin, begin + rows); hidden ones are zero.
-inline void load_keys(const LinearProblem& problem, int64_t batch, int64_t kv_head, int64_t begin, int rows,
+inline void load_keys(const LinearProblem& problem, const LinearHeads& heads, int64_t begin, int rows,
                       const LinearWorkspace& workspace) {
   const int64_t head_dim = problem.head_dim, width = problem.kv_num_heads * head_dim;
-  const int64_t first = (batch * problem.kv_len + begin) * width + kv_head * head_dim;
+  const int64_t first = (heads.batch * problem.kv_len + begin) * width + heads.first * head_dim;
   const int64_t line = padded_line(problem.features), dim_line = padded_line(head_dim);
-  const float* matrix =
-      problem.map == FeatureMap::kHedgehog ? problem.key_map + kv_head * head_dim * dim_line : problem.key_map;
-  map_rows(problem, problem.key + first, width, rows, matrix, workspace, workspace.key_features, workspace.exponents);
-  for (int r = 0; r < rows; ++r)
-    copy_padded(problem.value + first + r * width, head_dim, workspace.values + r * dim_line);
+  const float* matrices =
+      problem.map == FeatureMap::kHedgehog ? problem.key_map + heads.first * head_dim * dim_line : problem.key_map;
+  const int64_t count = heads.end - heads.first, ahead = problem.kv_len - begin - rows;
+  map_rows(problem, {problem.key + first, width, count, rows, ahead}, matrices, workspace, workspace.key_features,
+           workspace.exponents);
+  const HeadRows values = {problem.value + first, width, count, rows, ahead};
+  for (int r = 0; r < rows; ++r) {
+    prefetch_ahead(values, head_dim, r);
+    for (int64_t head = 0; head < count; ++head) {
+      copy_padded(values.rows + r * width + head * head_dim, head_dim,
+                  workspace.values + (head * kChunk + r) * dim_line);
+    }
+  }
   if (problem.key_mask == nullptr) return;
   for (int r = 0; r < rows; ++r) {
-    if (problem.key_mask[batch * problem.kv_len + begin + r] != 0) continue;
-    for (int64_t n = 0; n < line; ++n) workspace.key_features[r * line + n] = 0.0f;
-    for (int64_t d = 0; d < dim_line; ++d) workspace.values[r * dim_line + d] = 0.0f;
-    workspace.exponents[r] = kEmptyStabiliser;
+    if (problem.key_mask[heads.batch * problem.kv_len + begin + r] != 0) continue;
+    for (int64_t head = 0; head < count; ++head) {
+      const int64_t row = head * kChunk + r;
+      for (int64_t n = 0; n < line; ++n) workspace.key_features[row * line + n] = 0.0f;
+      for (int64_t d = 0; d < dim_line; ++d) workspace.values[row * dim_line + d] = 0.0f;
+      workspace.exponents[row] = kEmptyStabiliser;
+    }
   }
 }
 
-inline void load_queries(const LinearProblem& problem, int64_t batch, int64_t head, int64_t begin, int rows,
+inline void load_queries(const LinearProblem& problem, const LinearHeads& heads, int64_t begin, int rows,
                          const LinearWorkspace& workspace) {
-  const int64_t head_dim = problem.head_dim, width = problem.num_heads * head_dim;
-  const float* first = problem.query + (batch * problem.q_len + begin) * width + head * head_dim;
-  const float* matrix = problem.map == FeatureMap::kHedgehog
-                            ? problem.query_map + head * head_dim * padded_line(head_dim)
-                            : problem.query_map;
-  map_rows(problem, first, width, rows, matrix, workspace, workspace.query_features, nullptr);
+  const int64_t head_dim = problem.head_dim, width = problem.num_heads * head_dim, group = group_of(problem);
+  const int64_t first_head = heads.first * group, count = (heads.end - heads.first) * group;
+  const float* first = problem.query + (heads.batch * problem.q_len + begin) * width + first_head * head_dim;
+  const float* matrices = problem.map == FeatureMap::kHedgehog
+                              ? problem.query_map + first_head * head_dim * padded_line(head_dim)
+                              : problem.query_map;
+  map_rows(problem, {first, width, count, rows, problem.q_len - begin - rows}, matrices, workspace,
+           workspace.query_features, nullptr);
 }
 
 // Divides the chunk's outputs by their denominators and writes them; a denominator of zero has zeros above it.
-inline void write_chunk(const LinearProblem& problem, int64_t batch, int64_t head, int64_t begin, int rows,
-                        const float* denominators, const LinearWorkspace& workspace) {
+inline void write_chunk(const LinearProblem& problem, const LinearHeads& heads, int64_t begin, int rows,
+                        const LinearWorkspace& workspace) {
   const int64_t head_dim = problem.head_dim, width = problem.num_heads * head_dim, dim_line = padded_line(head_dim);
-  float* first = problem.output + (batch * problem.q_len + begin) * width + head * head_dim;
+  const int64_t group = group_of(problem), count = (heads.end - heads.first) * group;
+  float* first = problem.output + (heads.batch * problem.q_len + begin) * width + heads.first * group * head_dim;
   for (int r = 0; r < rows; ++r) {
-    const float denominator = denominators[r] < kSmallestDenominator ? kSmallestDenominator : denominators[r];
-    const float* from = workspace.output + r * dim_line;
-    float* to = first + r * width;
-    int64_t d = 0;
-    const Float factor = Simd::broadcast(1.0f / denominator);
-    for (; d + kWidth <= head_dim; d += kWidth) Simd::store(to + d, Simd::mul(Simd::load(from + d), factor));
-    for (; d < head_dim; ++d) to[d] = from[d] * (1.0f / denominator);
+    for (int64_t head = 0; head < count; ++head) {
+      const float denominator = workspace.denominators[head * kChunk + r];
+      const float inverse = 1.0f / (denominator < kSmallestDenominator ? kSmallestDenominator : denominator);
+      const float* from = workspace.output + (head * kChunk + r) * dim_line;
+      float* to = first + r * width + head * head_dim;
+      int64_t d = 0;
+      for (; d + kWidth <= head_dim; d += kWidth) {
+        Simd::store(to + d, Simd::mul(Simd::load(from + d), Simd::broadcast(inverse)));
+      }
+      for (; d < head_dim; ++d) to[d] = from[d] * inverse;
+    }
   }
 }
 
@@ -132,39 +140,34 @@ void add_keys(const LinearProblem& problem, const LinearHeads& heads, int64_t be
               const LinearWorkspace& workspace) {
   for (; begin < end; begin += kChunk) {
     const int rows = static_cast<int>(end - begin < kChunk ? end - begin : kChunk);
-    for (int64_t kv_head = heads.first; kv_head < heads.end; ++kv_head) {
-      prefetch_keys(problem, heads, kv_head, begin + kChunk);
-      load_keys(problem, heads.batch, kv_head, begin, rows, workspace);
-      add_chunk(problem, rows, heads.states[kv_head - heads.first], workspace);
+    load_keys(problem, heads, begin, rows, workspace);
+    for (int64_t kv_head = 0; kv_head < heads.end - heads.first; ++kv_head) {
+      add_chunk(problem, rows, heads.states[kv_head], of_head(problem, workspace, kv_head, 0));
     }
   }
 }
 
 // What the loaded queries read from a state, not yet divided.
 inline void read_state(const LinearProblem& problem, int rows, const LinearState& state,
-                       const LinearWorkspace& workspace, float* denominators) {
+                       const LinearWorkspace& workspace) {
   const int64_t line = padded_line(problem.features), dim_line = padded_line(problem.head_dim);
   multiply<false>(rows, dim_line, problem.features, workspace.query_features, line, 1, state.sums, dim_line,
                   workspace.output, dim_line);
   for (int r = 0; r < rows; ++r) {
-    denominators[r] = sum_of_products(workspace.query_features + r * line, state.normaliser, line);
+    workspace.denominators[r] = sum_of_products(workspace.query_features + r * line, state.normaliser, line);
   }
 }
 
 void read_states(const LinearProblem& problem, const LinearHeads& heads, int64_t begin, int64_t end,
                  const LinearWorkspace& workspace) {
-  const int64_t group = problem.num_heads / problem.kv_num_heads;
-  float denominators[kChunk];
+  const int64_t group = group_of(problem);
   for (; begin < end; begin += kChunk) {
     const int rows = static_cast<int>(end - begin < kChunk ? end - begin : kChunk);
-    for (int64_t kv_head = heads.first; kv_head < heads.end; ++kv_head) {
-      prefetch_queries(problem, heads, kv_head, begin + kChunk);
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        load_queries(problem, heads.batch, head, begin, rows, workspace);
-        read_state(problem, rows, heads.states[kv_head - heads.first], workspace, denominators);
-        write_chunk(problem, heads.batch, head, begin, rows, denominators, workspace);
-      }
+    load_queries(problem, heads, begin, rows, workspace);
+    for (int64_t head = 0; head < (heads.end - heads.first) * group; ++head) {
+      read_state(problem, rows, heads.states[head / group], of_head(problem, workspace, head / group, head));
     }
+    write_chunk(problem, heads, begin, rows, workspace);
   }
 }
 
@@ -181,10 +184,11 @@ inline void turn_keys(const LinearProblem& problem, int rows, const LinearWorksp
 }
 
 // Hides the keys behind each row's own, gives the others their exponentials, relative to the largest that the row sees,
-// and adds the rows' sums to `denominators`, which hold the part of the keys before the chunk.
+// and adds the rows' sums to the denominators, which hold the part of the keys before the chunk.
 inline void weigh_pairs(const LinearProblem& problem, int rows, const LinearState& state,
-                        const LinearWorkspace& workspace, float* denominators) {
+                        const LinearWorkspace& workspace) {
   const int64_t dim_line = padded_line(problem.head_dim);
+  float* denominators = workspace.denominators;
   float largest = is_stabilised(problem) ? *state.stabiliser : 0.0f;
   for (int r = 0; r < rows; ++r) {
     float* weights = workspace.weights + r * kChunk;
@@ -211,37 +215,34 @@ inline void weigh_pairs(const LinearProblem& problem, int rows, const LinearStat
   }
 }
 
-// One chunk of the heads that share a key/value head, whose state holds the keys before the chunk.
-inline void run_chunk(const LinearProblem& problem, int64_t batch, int64_t kv_head, int64_t begin, int rows,
-                      const LinearState& state, const LinearWorkspace& workspace) {
+// One loaded chunk of the heads that share a key/value head, whose state holds the keys before the chunk.
+inline void run_chunk(const LinearProblem& problem, int64_t kv_head, int rows, const LinearState& state,
+                      const LinearWorkspace& workspace) {
   const int64_t line = padded_line(problem.features), dim_line = padded_line(problem.head_dim);
-  const int64_t group = problem.num_heads / problem.kv_num_heads, past = problem.kv_len - problem.q_len;
-  float denominators[kChunk];
-  load_keys(problem, batch, kv_head, past + begin, rows, workspace);
-  turn_keys(problem, rows, workspace);
+  const int64_t group = group_of(problem);
+  turn_keys(problem, rows, of_head(problem, workspace, kv_head, 0));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    load_queries(problem, batch, head, begin, rows, workspace);
-    multiply<false>(rows, kChunk, problem.features, workspace.query_features, line, 1, workspace.keys_turned, kChunk,
-                    workspace.weights, kChunk);
-    read_state(problem, rows, state, workspace, denominators);
-    weigh_pairs(problem, rows, state, workspace, denominators);
-    multiply<true>(rows, dim_line, rows, workspace.weights, kChunk, 1, workspace.values, dim_line, workspace.output,
-                   dim_line);
-    write_chunk(problem, batch, head, begin, rows, denominators, workspace);
+    const LinearWorkspace own = of_head(problem, workspace, kv_head, head);
+    multiply<false>(rows, kChunk, problem.features, own.query_features, line, 1, own.keys_turned, kChunk, own.weights,
+                    kChunk);
+    read_state(problem, rows, state, own);
+    weigh_pairs(problem, rows, state, own);
+    multiply<true>(rows, dim_line, rows, own.weights, kChunk, 1, own.values, dim_line, own.output, dim_line);
   }
-  add_chunk(problem, rows, state, workspace);
+  add_chunk(problem, rows, state, of_head(problem, workspace, kv_head, 0));
 }
 
 void run_causal(const LinearProblem& problem, const LinearHeads& heads, const LinearWorkspace& workspace) {
-  for (int j = 0; j < kChunk; ++j) workspace.exponents[j] = kEmptyStabiliser;
-  const int64_t past = problem.kv_len - problem.q_len;
+  const int64_t kv_heads = heads.end - heads.first, past = problem.kv_len - problem.q_len;
+  for (int64_t row = 0; row < kv_heads * kChunk; ++row) workspace.exponents[row] = kEmptyStabiliser;
   for (int64_t begin = 0; begin < problem.q_len; begin += kChunk) {
     const int rows = static_cast<int>(problem.q_len - begin < kChunk ? problem.q_len - begin : kChunk);
-    for (int64_t kv_head = heads.first; kv_head < heads.end; ++kv_head) {
-      prefetch_keys(problem, heads, kv_head, past + begin + kChunk);
-      prefetch_queries(problem, heads, kv_head, begin + kChunk);
-      run_chunk(problem, heads.batch, kv_head, begin, rows, heads.states[kv_head - heads.first], workspace);
+    load_keys(problem, heads, past + begin, rows, workspace);
+    load_queries(problem, heads, begin, rows, workspace);
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      run_chunk(problem, kv_head, rows, heads.states[kv_head], workspace);
     }
+    write_chunk(problem, heads, begin, rows, workspace);
   }
 }
 

@@ -48,9 +48,10 @@ class States {
   std::vector<float> memory_;
 };
 
-LinearWorkspace carve(const LinearProblem& problem, std::vector<float>& memory) {
+LinearWorkspace carve(const LinearProblem& problem, int64_t kv_heads, std::vector<float>& memory) {
   const int64_t features = kChunk * padded_line(problem.features), dims = kChunk * padded_line(problem.head_dim);
-  memory.resize(3 * features + 3 * dims + kChunk * kChunk + kChunk);
+  const int64_t heads = kv_heads * (problem.num_heads / problem.kv_num_heads);
+  memory.resize((heads + kv_heads + 1) * (features + dims + kChunk) + kChunk * kChunk);
   float* next = memory.data();
   const auto take = [&](int64_t size) {
     float* taken = next;
@@ -58,25 +59,26 @@ LinearWorkspace carve(const LinearProblem& problem, std::vector<float>& memory) 
     return taken;
   };
   LinearWorkspace workspace;
-  workspace.query_features = take(features);
-  workspace.key_features = take(features);
+  workspace.query_features = take(heads * features);
+  workspace.key_features = take(kv_heads * features);
+  workspace.values = take(kv_heads * dims);
+  workspace.output = take(heads * dims);
+  workspace.denominators = take(heads * kChunk);
+  workspace.exponents = take(kv_heads * kChunk);
   workspace.keys_turned = take(features);
-  workspace.values = take(dims);
-  workspace.output = take(dims);
   workspace.projected = take(dims);
   workspace.weights = take(kChunk * kChunk);
-  workspace.exponents = take(kChunk);
   return workspace;
 }
 
 // Runs tasks on their threads' workspaces, which live as long as the threads.
-bool run_tasks(const LinearProblem& problem, const ParallelFor& parallel_for, int64_t count,
+bool run_tasks(const LinearProblem& problem, int64_t kv_heads, const ParallelFor& parallel_for, int64_t count,
                const std::function<void(int64_t task, const LinearWorkspace&)>& task) {
   std::atomic<bool> enough_memory{true};
   parallel_for(count, [&](int64_t n) {
     static thread_local std::vector<float> memory;
     try {
-      task(n, carve(problem, memory));
+      task(n, carve(problem, kv_heads, memory));
     } catch (const std::bad_alloc&) {
       enough_memory = false;
     }
@@ -101,15 +103,16 @@ bool run_linear(const LinearProblem& problem, const LinearKernels& kernels, cons
     const int64_t wanted = problem.batch * places * kv_heads / enough_tasks;
     const int64_t groups = divide_up(kv_heads, std::clamp<int64_t>(wanted, 1, std::min(most, kv_heads)));
     const int64_t heads_per_group = divide_up(kv_heads, groups);
-    return run_tasks(
-        problem, parallel_for, problem.batch * places * groups, [&](int64_t task, const LinearWorkspace& workspace) {
-          const int64_t first = task % groups * heads_per_group, place = task / groups % places;
-          const int64_t end = std::min(first + heads_per_group, kv_heads);
-          if (first >= end) return;
-          const int64_t batch = task / groups / places;
-          const std::vector<LinearState> own = states.of(batch * kv_heads + first, end - first, state_number(place));
-          work(LinearHeads{batch, first, end, own.data()}, place, workspace);
-        });
+    return run_tasks(problem, heads_per_group, parallel_for, problem.batch * places * groups,
+                     [&](int64_t task, const LinearWorkspace& workspace) {
+                       const int64_t first = task % groups * heads_per_group, place = task / groups % places;
+                       const int64_t end = std::min(first + heads_per_group, kv_heads);
+                       if (first >= end) return;
+                       const int64_t batch = task / groups / places;
+                       const std::vector<LinearState> own =
+                           states.of(batch * kv_heads + first, end - first, state_number(place));
+                       work(LinearHeads{batch, first, end, own.data()}, place, workspace);
+                     });
   };
   const auto first_state = [](int64_t) -> int64_t { return 0; };
 

@@ -125,6 +125,8 @@ float* allocate_output(const ort::Api& api, ort::KernelContext* context, size_t 
   return static_cast<float*>(data);
 }
 
+namespace {
+
 void check_attention_inputs(const AttentionAttributes& attributes, const Tensor& query, const Tensor& key,
                             const Tensor& value, const Tensor& key_mask, int64_t max_head_dim) {
   const auto require_rank = [](const Tensor& tensor, size_t rank, const char* name, const char* layout) {
@@ -167,6 +169,32 @@ void check_attention_inputs(const AttentionAttributes& attributes, const Tensor&
   }
 }
 
+}  // namespace
+
+AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* context,
+                                  const AttentionAttributes& attributes, int64_t max_head_dim) {
+  const Tensor query = read_input(api, context, kQuery);
+  const Tensor key = read_input(api, context, kKey);
+  const Tensor value = read_input(api, context, kValue);
+  const Tensor key_mask = read_input(api, context, kKeyMask);
+  check_attention_inputs(attributes, query, key, value, key_mask, max_head_dim);
+
+  AttentionCall call{};
+  call.query = static_cast<const float*>(query.data);
+  call.key = static_cast<const float*>(key.data);
+  call.value = static_cast<const float*>(value.data);
+  call.key_mask = static_cast<const uint8_t*>(key_mask.data);
+  call.batch = query.shape[0];
+  call.q_len = query.shape[1];
+  call.kv_len = key.shape[1];
+  call.num_heads = attributes.num_heads;
+  call.kv_num_heads = attributes.kv_num_heads;
+  call.head_dim = query.shape[2] / attributes.num_heads;
+  call.scale = attributes.scale != 0 ? attributes.scale : 1.0f / std::sqrt(static_cast<float>(call.head_dim));
+  call.output = allocate_output(api, context, 0, query.shape);
+  return call;
+}
+
 void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_t count,
                   const std::function<void(int64_t)>& task) {
   const auto call = [](void* task_pointer, size_t n) {
@@ -189,7 +217,6 @@ ort::CustomOp describe_operator() {
   op.version = ort::kApiVersion;
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return ort::kDefaultMemory; };
-  op.GetOutputType = [](const CustomOp*, size_t) { return ort::kFloat; };
   const auto one = [](const CustomOp*) { return 1; };
   op.GetVariadicInputMinArity = one;
   op.GetVariadicInputHomogeneity = one;

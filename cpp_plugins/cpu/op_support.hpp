@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention_call.hpp"
 #include "cpu/ort_abi.hpp"
 
 namespace effc::cpu {
@@ -52,9 +53,12 @@ Tensor read_input(const ort::Api& api, const ort::KernelContext* context, size_t
 float* allocate_output(const ort::Api& api, ort::KernelContext* context, size_t index,
                        const std::vector<int64_t>& shape);
 
-// Refuses queries, keys, values and a key mask that do not fit together or exceed the kernels.
-void check_attention_inputs(const AttentionAttributes& attributes, const Tensor& query, const Tensor& key,
-                            const Tensor& value, const Tensor& key_mask, int64_t max_head_dim);
+// The first inputs of every attention operator.
+enum AttentionInput : size_t { kQuery, kKey, kValue, kKeyMask, kAttentionInputCount };
+
+// Reads them and allocates the first output. Refuses tensors that do not fit together or exceed the kernels.
+AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* context,
+                                  const AttentionAttributes& attributes, int64_t max_head_dim);
 
 // Calls task(n) for every n < count on the session's threads.
 void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_t count,
@@ -63,7 +67,7 @@ void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_
 // Output `index` gets the type and shape of the query, symbolic dimensions included.
 ort::Status* infer_output_like_query(const ort::Api& api, ort::ShapeInferContext* context);
 
-// An operator's description without its inputs, outputs and functions.
+// An operator's description without its inputs, outputs and functions (see operator_glue.hpp).
 ort::CustomOp describe_operator();
 
 }  // namespace effc::cpu

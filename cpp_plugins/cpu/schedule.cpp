@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include "cpu/denormals.hpp"
+
 namespace effc::cpu {
 namespace {
 
@@ -174,6 +176,7 @@ Schedule schedule_for(const Plan& plan, const Pass& pass) {
 bool run_task(const Plan& plan, const Schedule& schedule, const Kernels& kernels, int64_t task) {
   Workspace* workspace = thread_workspace();
   if (workspace == nullptr) return false;
+  const FlushDenormals flush_denormals;
   // Listed rows see the most keys, so they come first: a long task at the end would keep the other threads waiting.
   const int64_t listed = static_cast<int64_t>(schedule.listed_tiles.size());
   const Problem& problem = plan.call().problem;
@@ -181,6 +184,7 @@ bool run_task(const Plan& plan, const Schedule& schedule, const Kernels& kernels
   if (task < listed) {
     const QueryTile& tile = schedule.listed_tiles[task];
     workspace->first_kv_head = tile.first_head / group;
+    workspace->kv_heads = 1;
     run_tile(kernels, plan.call(), plan.whole_rows_pass(), tile, *workspace);
     return true;
   }
@@ -199,6 +203,11 @@ bool run_task(const Plan& plan, const Schedule& schedule, const Kernels& kernels
   take_heads(problem, schedule.heads_per_tile, first_head_tile, tile);
   workspace->first_kv_head = tile.first_head / group;
   workspace->blocks_per_head = schedule.blocks_per_head;
+  QueryTile last_head{};
+  take_heads(problem, schedule.heads_per_tile, end_head_tile - 1, last_head);
+  workspace->first_head = tile.first_head;
+  workspace->heads = last_head.first_head + last_head.head_count - tile.first_head;
+  workspace->kv_heads = last_head.first_head / group - workspace->first_kv_head + 1;
 
   const int64_t queries = queries_of(problem, schedule, subsequence);
   for (int64_t query_tile = first_query_tile; query_tile < end_query_tile; ++query_tile) {

@@ -53,10 +53,11 @@ struct Simd {
 
   // x - floor(x).
   static Float fraction(Float x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
-  // x * 2^floor(n), by adding floor(n) to the exponent of x.
+  // x * 2^floor(n) for 1 <= x <= 2, by adding floor(n) to the exponent of x; zero if n < -126.
   static Float scale_by_power(Float x, Float n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(n)), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+    const Float scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+    return _mm256_and_ps(scaled, _mm256_cmp_ps(n, broadcast(-126.0f), _CMP_NLT_UQ));
   }
 
   // to[c][r] = from[r][c], times `factor` if kScales, for an 8 x 8 block.

@@ -41,7 +41,7 @@ struct Simd {
 
   // x - floor(x).
   static Float fraction(Float x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  // x * 2^floor(n).
+  // x * 2^floor(n), rounded to zero below the smallest normal number (see denormals.hpp).
   static Float scale_by_power(Float x, Float n) { return _mm512_scalef_ps(x, n); }
 
   // to[c][r] = from[r][c], times `factor` if kScales, for a 16 x 16 block: pairs, quadruples, then 128-bit and 256-bit
@@ -49,8 +49,9 @@ struct Simd {
   template <bool kScales>
   static void transpose(const float* from, int64_t from_stride, float factor, float* to, int64_t to_stride) {
     __m512 row[16], pair[16];
-    for (int r = 0; r < 16; ++r)
-      row[r] = _mm512_mul_ps(_mm512_loadu_ps(from + r * from_stride), _mm512_set1_ps(factor));
+    for (int r = 0; r < 16; ++r) row[r] = _mm512_loadu_ps(from + r * from_stride);
+    // Not by one: pairs of bfloat16 are not to be taken for numbers, of which the tiny would become zero.
+    for (int r = 0; kScales && r < 16; ++r) row[r] = _mm512_mul_ps(row[r], _mm512_set1_ps(factor));
     for (int r = 0; r < 16; r += 2) {
       pair[r] = _mm512_unpacklo_ps(row[r], row[r + 1]);
       pair[r + 1] = _mm512_unpackhi_ps(row[r], row[r + 1]);

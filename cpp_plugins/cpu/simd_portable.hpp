@@ -54,11 +54,12 @@ struct Simd {
 
   // x - floor(x), for |x| < 2^22. A whole number may also give 1, except that 0 gives 0.
   static Float fraction(Float x) { return x - floor(x); }
-  // x * 2^floor(n), by adding floor(n) to the exponent of x.
+  // x * 2^floor(n) for 1 <= x <= 2, by adding floor(n) to the exponent of x; zero if n < -126.
   static Float scale_by_power(Float x, Float n) {
     typedef uint32_t Bits __attribute__((vector_size(16)));  // unsigned, because the sum may wrap
-    const Bits exponent = (Bits) __builtin_convertvector(floor(n), Mask) << 23;
-    return as_float((Mask)((Bits)as_bits(x) + exponent));
+    const Float lowest = broadcast(-126.0f);
+    const Bits exponent = (Bits) __builtin_convertvector(floor(max(lowest, n)), Mask) << 23;
+    return select_or_zero(~(n < lowest), as_float((Mask)((Bits)as_bits(x) + exponent)));
   }
 
   // to[c][r] = from[r][c], times `factor` if kScales, for a 4 x 4 block.

@@ -1,21 +1,19 @@
 #include "cpu/sparse_attention_op.hpp"
 
-#include <cmath>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/op_support.hpp"
+#include "cpu/operator_glue.hpp"
 #include "cpu/schedule.hpp"
 #include "pattern/parse.hpp"
 
 namespace effc::cpu {
 namespace {
 
-enum Input : size_t { kQuery, kKey, kValue, kKeyMask, kMarks, kDistanceBias, kDistanceSlope, kInputCount };
-enum Output : size_t { kAttention, kLogSumExp, kOutputCount };
-
-constexpr const char* kName = "effc::SparseAttention";
+enum Input : size_t { kMarks = kAttentionInputCount, kDistanceBias, kDistanceSlope };
+enum Output : size_t { kAttention, kLogSumExp };
 
 Pattern read_pattern(const AttentionAttributes& attributes) {
   Pattern pattern;
@@ -37,6 +35,11 @@ bool knows_negative_positions(const SplitPattern& split) {
 
 class SparseAttentionKernel {
  public:
+  static constexpr const char* kName = "SparseAttention";
+  static constexpr Port kInputs[] = {kTensor,       kTensor,         kTensor,        kOptionalMask,
+                                     kOptionalMask, kOptionalTensor, kOptionalTensor};
+  static constexpr Port kOutputs[] = {kTensor, kOptionalTensor};
+
   SparseAttentionKernel(const ort::Api& api, const ort::KernelInfo* info)
       : api_(api), attributes_(read_attributes(api, info)), split_(split_pattern(read_pattern(attributes_))) {
     std::string problem;
@@ -45,35 +48,16 @@ class SparseAttentionKernel {
     if (kernels_ == nullptr) refuse(problem);
   }
 
-  const ort::Api& api() const { return api_; }
-
   void compute(ort::KernelContext* context) const {
-    const Tensor query = read_input(api_, context, kQuery);
-    const Tensor key = read_input(api_, context, kKey);
-    const Tensor value = read_input(api_, context, kValue);
-    const Tensor key_mask = read_input(api_, context, kKeyMask);
     const Tensor marks = read_input(api_, context, kMarks);
     const Tensor bias = read_input(api_, context, kDistanceBias);
     const Tensor slope = read_input(api_, context, kDistanceSlope);
-    check_attention_inputs(attributes_, query, key, value, key_mask, kMaxHeadDim);
-    check_extra_inputs(query, key, marks, bias, slope);
-
     Problem problem{};
-    problem.batch = query.shape[0];
-    problem.q_len = query.shape[1];
-    problem.kv_len = key.shape[1];
-    problem.num_heads = attributes_.num_heads;
-    problem.kv_num_heads = attributes_.kv_num_heads;
-    problem.head_dim = query.shape[2] / attributes_.num_heads;
-    problem.scale = attributes_.scale != 0 ? attributes_.scale : 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
-    problem.output = allocate_output(api_, context, kAttention, query.shape);
+    static_cast<AttentionCall&>(problem) = read_attention_call(api_, context, attributes_, kMaxHeadDim);
+    check_extra_inputs(problem, marks, bias, slope);
     problem.log_sum_exp = allocate_output(api_, context, kLogSumExp, {problem.batch, problem.num_heads, problem.q_len});
     if (problem.batch == 0 || problem.q_len == 0) return;
 
-    problem.query = static_cast<const float*>(query.data);
-    problem.key = static_cast<const float*>(key.data);
-    problem.value = static_cast<const float*>(value.data);
-    problem.key_mask = static_cast<const uint8_t*>(key_mask.data);
     problem.marks = static_cast<const uint8_t*>(marks.data);
     problem.distance_bias = static_cast<const float*>(bias.data);
     problem.bias_reach = bias.given ? static_cast<Position>(bias.shape[1] / 2) : 0;
@@ -87,15 +71,15 @@ class SparseAttentionKernel {
   }
 
  private:
-  void check_extra_inputs(const Tensor& query, const Tensor& key, const Tensor& marks, const Tensor& bias,
+  void check_extra_inputs(const AttentionCall& call, const Tensor& marks, const Tensor& bias,
                           const Tensor& slope) const {
-    if (key.shape[1] < query.shape[1] && !knows_negative_positions(split_)) {
-      refuse("there are " + std::to_string(query.shape[1]) + " queries and " + std::to_string(key.shape[1]) +
+    if (call.kv_len < call.q_len && !knows_negative_positions(split_)) {
+      refuse("there are " + std::to_string(call.q_len) + " queries and " + std::to_string(call.kv_len) +
              " keys. The queries are the last positions of the keys, so pass past and present keys together.");
     }
-    if (marks.given && marks.shape != std::vector<int64_t>{key.shape[0], key.shape[1]}) {
+    if (marks.given && marks.shape != std::vector<int64_t>{call.batch, call.kv_len}) {
       refuse("marks has shape " + text_of(marks.shape) +
-             "; it must be [batch, kv_len] = " + text_of({key.shape[0], key.shape[1]}) + ".");
+             "; it must be [batch, kv_len] = " + text_of({call.batch, call.kv_len}) + ".");
     }
     if (bias.given && (bias.shape.size() != 2 || bias.shape[0] != attributes_.num_heads || bias.shape[1] % 2 != 1 ||
                        bias.shape[1] > kMaxLength)) {
@@ -114,50 +98,10 @@ class SparseAttentionKernel {
   const Kernels* kernels_ = nullptr;
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The operator's description for the runtime.
-
-ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
-  return guarded(*api, kName, [&] { *kernel = new SparseAttentionKernel(*api, info); });
-}
-
-ort::Status* compute(void* kernel_pointer, ort::KernelContext* context) {
-  const auto& kernel = *static_cast<const SparseAttentionKernel*>(kernel_pointer);
-  return guarded(kernel.api(), kName, [&] { kernel.compute(context); });
-}
-
-const ort::Api* g_inference_api = nullptr;
-
-ort::CustomOp describe() {
-  using ort::CustomOp;
-  CustomOp op = describe_operator();
-  op.GetName = [](const CustomOp*) { return "SparseAttention"; };
-  op.GetInputType = [](const CustomOp*, size_t index) {
-    return index == kKeyMask || index == kMarks ? ort::kBool : ort::kFloat;
-  };
-  op.GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputCount; };
-  op.GetInputCharacteristic = [](const CustomOp*, size_t index) {
-    return index >= kKeyMask ? ort::kOptional : ort::kRequired;
-  };
-  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return kOutputCount; };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t index) {
-    return index == kLogSumExp ? ort::kOptional : ort::kRequired;
-  };
-  op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = compute;
-  op.KernelDestroy = [](void* kernel) { delete static_cast<SparseAttentionKernel*>(kernel); };
-  op.InferOutputShape = [](const CustomOp*, ort::ShapeInferContext* context) {
-    return infer_output_like_query(*g_inference_api, context);
-  };
-  return op;
-}
-
 }  // namespace
 
 const ort::CustomOp* sparse_attention_op(const ort::Api& api) {
-  g_inference_api = &api;
-  static const ort::CustomOp op = describe();
-  return &op;
+  return OperatorGlue<SparseAttentionKernel>::describe(api);
 }
 
 }  // namespace effc::cpu

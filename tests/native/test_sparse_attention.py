@@ -171,6 +171,21 @@ def test_whole_rows_of_many_heads(library: Path, isa: str, pattern: str) -> None
     check(library, Case(pattern, q_len=130, num_heads=70, head_dim=64))
 
 
+def test_scores_far_below_the_largest_weigh_nothing(library: Path, isa: str) -> None:
+    """Their weights pass through every size down to zero, a whole block of keys after the other."""
+    case = Case("dense", q_len=300, scale=0.125)
+    feeds = case.inputs() | {"distance_slope": np.array([1.0, 1e30], np.float32)}
+    output = session(library, model(case.attributes(), ["distance_slope"])).run(None, feeds)[0]
+    assert np.isfinite(output).all()
+    np.testing.assert_array_equal(output[0, :, 32:], np.broadcast_to(feeds["value"][0, -1, 32:], (300, 32)))
+
+
+def test_denormal_numbers_survive_a_call(library: Path, isa: str) -> None:
+    """The kernels treat them as zeros, and nobody else's."""
+    session(library, model(Case().attributes()), threads=1).run(None, Case().inputs())
+    assert (np.full(64, 1e-40, np.float32) * np.float32(1)).all()
+
+
 def test_empty_batch(library: Path) -> None:
     assert run(library, Case(batch=0))[0].shape == (0, 64, 64)
 

@@ -1,0 +1,114 @@
+// Keys and values side by side, copied once for all the tiles of a task that see them, and what is fetched ahead.
+//
+// A head's rows lie pages apart in [batch, length, heads * head_dim].
+#pragma once
+
+#include "cpu/attention_common.hpp"
+#include "cpu/key_blocks.hpp"
+
+namespace effc::cpu {
+namespace {
+
+// Floats to ask for at a time.
+constexpr int64_t kPieceAhead = 4 * kCacheLine;
+
+template <bool kForWriting>
+inline void advance(Prefetch& prefetch) {
+  if (prefetch.rows == 0) return;
+  const float* from = prefetch.row + prefetch.done;
+  const int64_t left = prefetch.width - prefetch.done;
+  for (int64_t d = 0; d < (left < kPieceAhead ? left : kPieceAhead); d += kCacheLine) {
+    __builtin_prefetch(from + d, kForWriting);
+  }
+  prefetch.done += kPieceAhead;
+  if (prefetch.done < prefetch.width) return;
+  prefetch.done = 0;
+  --prefetch.rows;
+  prefetch.row += prefetch.stride;
+}
+
+// A piece at a time, between register tiles: a burst would keep the arithmetic from what it needs now.
+inline void prefetch_keys(Workspace& workspace) {
+  advance<false>(workspace.keys);
+  advance<false>(workspace.values);
+}
+inline void prefetch_rows(Workspace& workspace) {
+  advance<false>(workspace.queries);
+  advance<true>(workspace.outputs);
+}
+
+// The next queries and their outputs, of all heads of the task.
+inline void look_ahead(const Problem& problem, const Pass& pass, const QueryTile& tile, const TileLayout& layout,
+                       Workspace& workspace) {
+  if (layout.listed_rows != nullptr || tile.first_head != workspace.first_head) return;
+  const int64_t stride = layout.query_stride, width = workspace.heads * problem.head_dim;
+  const int64_t first = layout.first_row + int64_t{tile.query_count} * pass.step;
+  const int64_t left = (problem.q_len - first + pass.step - 1) / pass.step;
+  const int next = static_cast<int>(left < 0 ? 0 : (left < tile.query_count ? left : tile.query_count));
+  const float* query = layout.query + tile.query_count * stride;
+  workspace.queries = {query, stride, next, width, 0};
+  workspace.outputs = {problem.output + (query - problem.query), stride, next, width, 0};
+}
+
+inline void copy_rows(const float* from, int64_t stride, int rows, int64_t width, float* to) {
+  for (int r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + kWidth <= width; d += kWidth) Simd::store(to + r * width + d, Simd::load(from + r * stride + d));
+    for (; d < width; ++d) to[r * width + d] = from[r * stride + d];
+  }
+}
+
+// Keys and values of one block side by side.
+inline void pack_rows(Fp32, const float* key, const float* value, int64_t stride, int keys, int64_t head_dim,
+                      float* slot) {
+  copy_rows(key, stride, keys, head_dim, slot);
+  copy_rows(value, stride, keys, head_dim, slot + kKeyTile * head_dim);
+}
+
+// Lets `block` point to packed rows, of which its first key is number `first`.
+inline void use_packed(Fp32, const float* slot, int first, int64_t head_dim, KeyBlock& block) {
+  block.key = slot + first * head_dim;
+  block.value = slot + (kKeyTile + first) * head_dim;
+  block.stride = block.value_stride = head_dim;
+}
+
+// The slot of a block's keys and values side by side, filled by pack(key, value, keys, slot) unless an earlier tile
+// has.
+template <class Pack>
+inline const float* find_slot(const Problem& problem, const QueryTile& tile, const TileLayout& layout,
+                              const KeyBlock& block, Workspace& workspace, Pack pack) {
+  const int64_t head_dim = problem.head_dim;
+  const Position number = block.first / kKeyTile;
+  const int64_t kv_head = tile.first_head / (problem.num_heads / problem.kv_num_heads) - workspace.first_kv_head;
+  const int64_t slot = kv_head * workspace.blocks_per_head + number % workspace.blocks_per_head;
+  float* packed = workspace.packed_memory + slot * 2 * kKeyTile * head_dim;
+  if (workspace.packed[slot] == number) return packed;
+  workspace.packed[slot] = number;
+  const Position first = number * kKeyTile;
+  const Position keys = layout.keys - first;
+  const int64_t stride = layout.key_stride;
+  pack(layout.key + first * stride, layout.value + first * stride, smaller(keys, kKeyTile), packed);
+  // The next queries are likely to need the block behind this one.
+  if (kv_head != 0) return packed;
+  const int64_t width = workspace.kv_heads * head_dim;
+  const int next = larger(smaller(keys - kKeyTile, kKeyTile), 0);
+  const int64_t begin = (first + kKeyTile) * stride;
+  workspace.keys = {layout.key + begin, stride, next, width, 0};
+  workspace.values = {layout.value + begin, stride, next, width, 0};
+  return packed;
+}
+
+// Lets the block's keys and values lie side by side.
+template <class Arithmetic>
+inline void pack(const Problem& problem, const QueryTile& tile, const TileLayout& layout, KeyBlock& block,
+                 Workspace& workspace) {
+  const int64_t head_dim = problem.head_dim, stride = layout.key_stride;
+  const float* slot = find_slot(problem, tile, layout, block, workspace,
+                                [&](const float* key, const float* value, int keys, float* to) {
+                                  pack_rows(Arithmetic{}, key, value, stride, keys, head_dim, to);
+                                });
+  use_packed(Arithmetic{}, slot, block.first % kKeyTile, head_dim, block);
+}
+
+}  // namespace
+}  // namespace effc::cpu
