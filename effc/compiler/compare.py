@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -11,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from effc.compiler.compare_plot import pareto
 from effc.compiler.manifest import BenchRecord, Manifest, VerifyRecord
 from effc.compiler.report import command_line, model_bytes
-from effc.compiler.report_page import number, page, size, times
+from effc.compiler.report_page import number, page, size, times, write_page
 from effc.compiler.runtime import read_manifest
-from effc.errors import OutputError, UsageError
+from effc.errors import UsageError
 
 DENSE = "dense fp32"
 
@@ -101,16 +100,7 @@ class Comparison:
         }
         if path.suffix not in texts:
             raise UsageError(f"'{path}' is no format for a comparison.", f"End the name in {', '.join(texts)}.")
-        text, partial = texts[path.suffix](), path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"'{path}' cannot be written: {error.strerror or error}.",
-                "Check that its directory exists, is writable and has space left.",
-            ) from None
+        write_page(path, texts[path.suffix](), "comparison")
 
 
 def compare(artifacts: Sequence[str | Path], length: int | None = None) -> Comparison:

@@ -6,7 +6,6 @@ All of it comes from the manifest. A reader with a latency budget sees the verdi
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -29,8 +28,8 @@ from effc.compiler.manifest import (
 )
 from effc.compiler.recipe import build_recipe
 from effc.compiler.recovery_plot import recovery_curves, recovery_record
-from effc.compiler.report_page import milliseconds, number, page, times
-from effc.errors import EffcError, OutputError
+from effc.compiler.report_page import milliseconds, number, page, times, write_page
+from effc.errors import EffcError
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.pattern import DENSE, Pattern
@@ -79,17 +78,7 @@ def write_report(manifest: Manifest, path: Path) -> None:
     Raises:
         OutputError: if ``path`` cannot be written.
     """
-    text = render_report(manifest)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"The report '{path}' cannot be written: {error.strerror or error}.",
-            "Check that its directory exists, is writable and has space left.",
-        ) from None
+    write_page(path, render_report(manifest), "report")
 
 
 def render_report(manifest: Manifest) -> str:

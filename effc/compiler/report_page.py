@@ -1,11 +1,36 @@
-"""What the HTML pages have in common: their templates, and figures with units."""
+"""What the HTML pages have in common: their templates, how they are written, and figures with units."""
 
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from effc.errors import OutputError
+
+
+def write_page(path: Path, text: str, what: str) -> None:
+    """Write ``text``, replacing what is there only once all of it is written.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        OutputError: if ``path`` cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"The {what} '{path}' cannot be written: {error.strerror or error}.",
+            "Check that its directory exists, is writable and has space left.",
+        ) from None
 
 
 def page(template: str) -> Template:
