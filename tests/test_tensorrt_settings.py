@@ -70,6 +70,7 @@ def test_sections_that_make_no_sense_are_refused(section, said):
         ({"quantization": "int4-weights"}, PreconditionError, "Engines hold no layers of 'int4-weights'"),
         ({"quantization": "auto:0.01"}, UsageError, "measures ONNX Runtime's kernels"),
         ({"quantization": {"mode": "int8", "activations": "token"}}, PreconditionError, "one for each token"),
+        ({"quantization": {"mode": "int8", "reduce_range": True}}, PreconditionError, "7-bit weights are for CPUs"),
         ({"engine": {"plugin": False, "embed_plugin": True}}, UsageError, "into the plan and is not used"),
         ({"engine": {"refit": True}}, PreconditionError, "only where there is a GPU"),
         ({"engine": {"version_compatible": True}}, PreconditionError, "lacks the lean runtime"),

@@ -108,6 +108,8 @@ def _check_quantization(settings: QuantizationSection) -> None:
         )
     if settings.bias_correction:
         raise PreconditionError("Biases are not corrected for engines.", "Leave bias_correction out.")
+    if settings.reduce_range:
+        raise PreconditionError("7-bit weights are for CPUs; no GPU gains from them.", "Leave reduce_range out.")
 
 
 def _check_calibration(settings: QuantizationSection, given: bool) -> None:
