@@ -15,15 +15,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from effc.passes.base import PassResult
-from effc.passes.quantize_calibrate import measure_ranges
 from effc.passes.quantize_exclude import Exclusion, Rules
-from effc.passes.quantize_find import Columns, Linear
 from effc.passes.quantize_gptq import round_with_feedback
 from effc.passes.quantize_graph import Editor, initializer_bytes
-from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import LEAST_SCALE, Floats
-from effc.passes.quantize_plan import check_opset, input_of, make_plan
-from effc.passes.quantize_replace import replace_linear
+from effc.passes.quantize_pairs import Peaks, QuantizePairs
+from effc.passes.quantize_plan import check_opset, make_plan
 
 LARGEST = 448.0
 """The largest number of E4M3."""
@@ -35,7 +32,7 @@ Numbers = npt.NDArray[Any]
 """Of ml_dtypes.float8_e4m3fn."""
 
 
-class QuantizeFp8(QuantizeLinears):
+class QuantizeFp8(QuantizePairs):
     """Quantize linear layers to FP8; see :class:`QuantizeLinears` for the arguments."""
 
     name: ClassVar[str] = "quantize-fp8"
@@ -60,33 +57,10 @@ class QuantizeFp8(QuantizeLinears):
         self.requires(model)
         before, editor = initializer_bytes(model), Editor(model.graph)
         plan = make_plan(model.graph, self._exclusion(model), embeddings=False)
-        keys = plan.keys()
         if self.settings.weights.method == "gptq":
-            self._observe_moments(model, keys)
-        peaks = self._peaks(model, keys)
-        inputs: dict[ir.Value, ir.Value] = {}
-        weights: dict[tuple[str, int, int], ir.Value] = {}
-        changed = []
-        for linear, chosen in plan.linears:
-
-            def build(columns: Columns, weight: Floats, bias: Floats | None, linear: Linear = linear) -> ir.Value:
-                value, place = input_of(linear), (linear.weight_name, columns.start, columns.stop)
-                if value not in inputs:
-                    inputs[value] = _rounded_input(editor, linear.node, value, peaks)
-                if place not in weights:
-                    weights[place] = _stored_weight(
-                        editor, linear.node, columns.name, *self._weight(columns.name, weight, keys[value])
-                    )
-                both = [inputs[value], weights[place]]
-                (result,) = editor.insert(linear.node, "MatMul", both, like=columns.output, origin=linear.node)
-                if bias is not None:
-                    addend = editor.initializer(f"{columns.name}.bias", bias)
-                    (result,) = editor.insert(linear.node, "Add", [result, addend], like=columns.output)
-                return result
-
-            changed += replace_linear(editor, linear, chosen, build, self._switches)
-        if self._switches is None:
-            editor.drop_unused_initializers()
+            self._observe_moments(model, plan.keys())
+        peaks = None if self.calibration is None or not plan.linears else self._peaks(model, plan)
+        changed = self._replace(editor, plan, peaks)
         metrics = {
             "form": "dynamic" if peaks is None else "static",
             "linears": sum(len(chosen) for _, chosen in plan.linears),
@@ -101,22 +75,15 @@ class QuantizeFp8(QuantizeLinears):
         # A floating-point format holds a gate's outliers.
         return Exclusion(model.graph, self.settings.exclude, self._schemes, "fp8", Rules(gated=False))
 
-    def _weight(self, name: str, weight: Floats, key: str) -> tuple[Numbers, Floats]:
+    def _rounded_input(self, editor: Editor, before: ir.Node, value: ir.Value, peaks: Peaks | None) -> ir.Value:
+        return _rounded_input(editor, before, value, peaks)
+
+    def _rounded_weight(self, editor: Editor, before: ir.Node, name: str, weight: Floats, key: str) -> ir.Value:
         known = self._remembered.fp8
         if name not in known:
             spread = self._spread(key) if self.settings.weights.method == "gptq" else None
             known[name] = quantize_columns_fp8(weight, spread)
-        return known[name]
-
-    def _peaks(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, float] | None:
-        """The largest magnitude of each input by its name in this graph; None where it is found in every run."""
-        if self.calibration is None or not keys:
-            return None
-        known = self._remembered.ranges
-        if missing := [value for value, key in keys.items() if key not in known]:
-            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
-            known.update({keys[value]: measured[str(value.name)] for value in missing})
-        return {str(value.name): max(abs(edge) for edge in known[key]) for value, key in keys.items()}
+        return _stored_weight(editor, before, name, *known[name])
 
 
 def quantize_columns_fp8(weight: Floats, spread: Floats | None = None) -> tuple[Numbers, Floats]:
@@ -155,7 +122,7 @@ def _stored_weight(editor: Editor, before: ir.Node, name: str, values: Numbers, 
     return editor.insert(before, "Reshape", [*floats, shape])[0]
 
 
-def _rounded_input(editor: Editor, before: ir.Node, value: ir.Value, peaks: dict[str, float] | None) -> ir.Value:
+def _rounded_input(editor: Editor, before: ir.Node, value: ir.Value, peaks: Peaks | None) -> ir.Value:
     insert, fp8 = editor.insert, ir.DataType.FLOAT8E4M3FN
     zero = editor.initializer("fp8_zero_point", np.zeros((), ml_dtypes.float8_e4m3fn))
     if peaks is None:
