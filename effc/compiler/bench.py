@@ -153,7 +153,8 @@ def measure(
     Raises:
         EffcError: if a model cannot be run.
     """
-    runs: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in candidates}
+    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in candidates}
+    runs = dict.fromkeys(candidates, 0)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, candidate.model)) for name, candidate in candidates.items()}
         for name, worker in workers.items():
@@ -162,8 +163,9 @@ def measure(
         for _ in range(rounds):
             for name, worker in workers.items():
                 answer = worker.ask(command="run", seconds=seconds)
-                runs[name][0].extend(answer["cpu_ms"])
-                runs[name][1].extend(answer["wall_ms"])
+                samples[name][0].extend(answer["cpu_ms"])
+                samples[name][1].extend(answer["wall_ms"])
+                runs[name] += answer["runs"]
         peaks = {name: worker.ask(command="memory")["peak_rss_mib"] for name, worker in workers.items()}
     return {
         name: Timing(
@@ -172,9 +174,9 @@ def measure(
             cpu_ms_min=min(cpu),
             wall_ms_min=min(wall),
             peak_rss_mib=peaks[name],
-            runs=len(cpu),
+            runs=runs[name],
         )
-        for name, (cpu, wall) in runs.items()
+        for name, (cpu, wall) in samples.items()
     }
 
 
