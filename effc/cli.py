@@ -41,9 +41,7 @@ class _Group(click.Group):
             code = super().main(*args, **kwargs)
         except EffcError as error:
             code = _failed(error, str(error), error.exit_code, debug)
-        except click.exceptions.Abort:
-            code = _INTERRUPTED
-        except KeyboardInterrupt:
+        except (click.exceptions.Abort, KeyboardInterrupt):
             click.echo("Interrupted; no half-written output was left.", err=True)
             code = _INTERRUPTED
         except click.ClickException as error:
