@@ -113,7 +113,7 @@ def _check_quantization(settings: QuantizationSection) -> None:
 
 
 def _check_calibration(settings: QuantizationSection, given: bool) -> None:
-    quantized = sorted(settings.modes & set(ENGINE_MODES))
+    quantized = sorted(settings.formats & set(ENGINE_MODES))
     if quantized and settings.calibration.data is None and not given:
         raise PreconditionError(
             f"{quantized[0].upper()} engines need constant ranges of activations, and there is no calibration data.",
@@ -136,7 +136,7 @@ def _precision(recipe: Recipe) -> Literal["fp16", "bf16", "fp32"]:
 
 def _least(recipe: Recipe, precision: str) -> tuple[int, str]:
     """The oldest architecture that will do, and what those before it lack, after their name."""
-    if "fp8" in recipe.quantization.modes:
+    if "fp8" in recipe.quantization.formats:
         return _LEAST_FP8, "has no FP8 products; they came with sm_89."
     if recipe.engine.plugin and _is_sparse(recipe):
         return LEAST_CAPABILITY, f"is older than effc's kernels, which need sm_{LEAST_CAPABILITY}."

@@ -67,6 +67,6 @@ def generation_sources(
         # Reads its weights where they lie.
         ir.save(model, str(path))
         result.append(EngineSource(name, path, caches))
-    exact = not recipe.quantization.modes & {"int8", "fp8"}
+    exact = not recipe.quantization.formats & {"int8", "fp8"}
     result[1].step_error = step_error(source, forward, result[0].path, result[1].path, exact=exact)
     return result

@@ -54,6 +54,7 @@ FLAGS = {
     "quantization.smoothing": "--quant-smoothing",
     "quantization.activations": "--quant-activations",
     "quantization.weights.method": "--quant-weights",
+    "quantization.attention": "--quant-attention",
     "quantization.kv_cache": "--quant-kv-cache",
     "target": "--target",
     "engine.arch": "--arch",

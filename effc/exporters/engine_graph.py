@@ -10,9 +10,10 @@ from typing import Literal
 import onnx_ir as ir
 
 from effc.exporters.engine_attention import EngineAttention, lower_attention
+from effc.exporters.engine_pairs import plain_pairs
 from effc.exporters.half_precision import Conversion, to_half
 from effc.exporters.onnx_graph import save_onnx
-from effc.passes.quantize_graph import Editor, constant_of, module_of
+from effc.passes.quantize_graph import constant_of, module_of
 from effc.plugins.operator import DOMAIN
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -53,7 +54,7 @@ def make_engine_graph(
         PreconditionError, PassFailedError: see :mod:`effc.exporters.engine_attention` and
             :mod:`effc.exporters.half_precision`.
     """
-    _plain_fp8_weights(model)
+    plain_pairs(model)
     result = EngineGraph(model, _name_linears(model.graph, precision))
     if precision != "fp32":
         result.conversion = to_half(model, _HALVES[precision], as_half=as_half)
@@ -78,29 +79,6 @@ def save_engine_graph(graph: EngineGraph, path: Path, *, builder: bool = True) -
             if builder:
                 node.attributes[_DECOMPOSABLE] = ir.AttrInt64(_DECOMPOSABLE, 1)
     save_onnx(graph.model, path)
-
-
-def _plain_fp8_weights(model: ir.Model) -> None:
-    """Take the Reshape out from behind dequantized FP8 weights, which stands there for ONNX Runtime alone."""
-    editor = Editor(model.graph)
-    for node in list(model.graph):
-        weight = node.inputs[0] if node.op_type == "Reshape" and node.domain == "" else None
-        dequantize = None if weight is None else weight.producer()
-        if weight is None or dequantize is None or dequantize.op_type != "DequantizeLinear":
-            continue
-        tensor = constant_of(dequantize.inputs[0])
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT8E4M3FN or len(tensor.shape) != 3:
-            continue
-        name = str(dequantize.inputs[0].name) if dequantize.inputs[0] is not None else "weight_fp8"
-        stored = editor.initializer(f"{name}_matrix", tensor.numpy()[0])
-        (plain,) = editor.insert(
-            node, "DequantizeLinear", [stored, dequantize.inputs[1]], {"axis": 1}, like=node.outputs[0]
-        )
-        ir.convenience.replace_all_uses_with(node.outputs[0], plain)
-        model.graph.remove(node, safe=True)
-        if not weight.uses():
-            model.graph.remove(dequantize, safe=True)
-    editor.drop_unused_initializers()
 
 
 def _name_linears(graph: ir.Graph, precision: Precision) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from effc.passes.base import Pass
+from effc.passes.quantize_attention import QuantizeAttention
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_fp8 import QuantizeFp8
 from effc.passes.quantize_half import HALVES, StoreHalf
@@ -54,6 +55,9 @@ def quantizing_passes(
         if f"int{bits}-weights" in modes:
             yield QuantizeWeights(settings, bits, *common, alone=alone, switches=switches)
             alone = False
+    if settings.attention != "none" and switches is None:
+        yield QuantizeAttention(settings, calibration, remembered, alone=alone)
+        alone = False
     # Last, so that what they store is not taken for a weight of another type.
     for half in HALVES:
         if half in modes and switches is None:

@@ -23,19 +23,14 @@ import onnx_ir as ir
 
 from effc.errors import PreconditionError
 from effc.passes.base import PassResult
+from effc.passes.quantize_activation import INT8, LEAST_HALF, rounded
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_exclude import Exclusion
 from effc.passes.quantize_graph import Editor, initializer_bytes
 from effc.passes.quantize_numbers import Floats, quantize_columns
 from effc.passes.quantize_pairs import Peaks, QuantizePairs
-from effc.passes.quantize_plan import (
-    check_opset,
-    make_plan,
-)
+from effc.passes.quantize_plan import check_opset, make_plan
 
-_STEPS = 127
-# fp16 holds no smaller number without losing digits, and the scale becomes one.
-_LEAST_HALF = float(np.finfo(np.float16).tiny)
 _LEAST_OPSET = 13
 
 
@@ -79,14 +74,10 @@ class QuantizeInt8Engine(QuantizePairs):
 
     def _rounded_input(self, editor: Editor, before: ir.Node, value: ir.Value, peaks: Peaks | None) -> ir.Value:
         assert peaks is not None
-        step = max(peaks[str(value.name)] / _STEPS, _LEAST_HALF)
-        scale = editor.initializer(f"{value.name}_scale", np.float32(step))
-        zero = editor.initializer("int8_zero_point", np.int8(0))
-        rounded = editor.insert(before, "QuantizeLinear", [value, scale, zero], like=value, dtype=ir.DataType.INT8)
-        return editor.insert(before, "DequantizeLinear", [*rounded, scale, zero], like=value)[0]
+        return rounded(editor, before, value, INT8, peaks[str(value.name)])
 
     def _rounded_weight(self, editor: Editor, before: ir.Node, name: str, weight: Floats, key: str) -> ir.Value:
-        quantized = quantize_columns(weight, least_scale=np.full(weight.shape[1], _LEAST_HALF, np.float32))
+        quantized = quantize_columns(weight, least_scale=np.full(weight.shape[1], LEAST_HALF, np.float32))
         stored = editor.initializer(f"{name}.weight_int8", quantized.values)
         scales = editor.initializer(f"{name}.weight_scale", quantized.scale)
         zeros = editor.initializer(f"{name}.weight_zero_point", np.zeros(quantized.scale.shape, np.int8))

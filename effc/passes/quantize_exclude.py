@@ -139,12 +139,17 @@ class Exclusion:
         return None
 
     def check_globs(
-        self, linears: Iterable[Linear], embeddings: Iterable[Embedding], layers: Iterable[str] = ()
+        self,
+        linears: Iterable[Linear],
+        embeddings: Iterable[Embedding],
+        layers: Iterable[str] = (),
+        attention: Iterable[str] = (),
     ) -> None:
         """Refuse a glob that matches nothing, which is nearly always a slip of the pen.
 
         Args:
             layers: the globs of ``quantization.layers``.
+            attention: names of attention layers whose inputs may be quantized.
 
         Raises:
             PreconditionError: naming the glob and the nearest name.
@@ -154,10 +159,12 @@ class Exclusion:
             names += [columns.name for columns in linear.columns] + [linear.weight_name, str(linear.node.name)]
         for embedding in embeddings:
             names += [embedding.name, embedding.table_name, str(embedding.node.name)]
+        excludable = [*names, *attention]
         keys = {**dict.fromkeys(layers, "layers"), **dict.fromkeys(self.globs, "exclude")}
         for glob, key in keys.items():
-            if not any(fnmatchcase(name, glob) for name in names):
-                match = nearest(glob, names) or (names[0] if names else None)
+            known = excludable if key == "exclude" else names
+            if not any(fnmatchcase(name, glob) for name in known):
+                match = nearest(glob, known) or (known[0] if known else None)
                 remedy = (
                     f"A name that would match is '{match}'." if match else "Remove it: the graph has no such layer."
                 )

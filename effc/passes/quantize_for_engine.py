@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from effc.passes.quantize import GraphPass
+from effc.passes.quantize_attention import QuantizeAttention
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_engine import QuantizeInt8Engine
 from effc.passes.quantize_fp8 import QuantizeFp8
@@ -34,3 +35,6 @@ def engine_quantizing_passes(
         alone = False
     if "fp8" in settings.modes:
         yield QuantizeFp8(settings, calibration, schemes, remembered, alone=alone)
+        alone = False
+    if settings.attention != "none":
+        yield QuantizeAttention(settings, calibration, remembered, alone=alone)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from effc.passes.base import PassResult
+from effc.passes.quantize_activation import E4M3, rounded
 from effc.passes.quantize_exclude import Exclusion, Rules
 from effc.passes.quantize_gptq import round_with_feedback
 from effc.passes.quantize_graph import Editor, initializer_bytes
@@ -22,8 +23,6 @@ from effc.passes.quantize_numbers import LEAST_SCALE, Floats
 from effc.passes.quantize_pairs import Peaks, QuantizePairs
 from effc.passes.quantize_plan import check_opset, make_plan
 
-LARGEST = 448.0
-"""The largest number of E4M3."""
 # QuantizeLinear learnt float8 in opset 19.
 LEAST_OPSET = 19
 _GPTQ_BLOCK = 128
@@ -76,7 +75,7 @@ class QuantizeFp8(QuantizePairs):
         return Exclusion(model.graph, self.settings.exclude, self._schemes, "fp8", Rules(gated=False))
 
     def _rounded_input(self, editor: Editor, before: ir.Node, value: ir.Value, peaks: Peaks | None) -> ir.Value:
-        return _rounded_input(editor, before, value, peaks)
+        return rounded(editor, before, value, E4M3, None if peaks is None else peaks[str(value.name)])
 
     def _rounded_weight(self, editor: Editor, before: ir.Node, name: str, weight: Floats, key: str) -> ir.Value:
         known = self._remembered.fp8
@@ -92,10 +91,10 @@ def quantize_columns_fp8(weight: Floats, spread: Floats | None = None) -> tuple[
     Args:
         spread: round by GPTQ with this spread of errors; to nearest if None.
     """
-    scale = np.maximum(np.abs(weight).max(axis=0) / LARGEST, LEAST_SCALE).astype(np.float32)
+    scale = np.maximum(np.abs(weight).max(axis=0) / E4M3.largest, LEAST_SCALE).astype(np.float32)
 
     def number(part: Floats) -> Numbers:
-        return np.asarray(np.clip(part / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn))
+        return np.asarray(np.clip(part / scale, -E4M3.largest, E4M3.largest).astype(ml_dtypes.float8_e4m3fn))
 
     if spread is None:
         return number(weight), scale
@@ -120,18 +119,3 @@ def _stored_weight(editor: Editor, before: ir.Node, name: str, values: Numbers, 
     floats = editor.insert(before, "DequantizeLinear", inputs, {"axis": 2})
     shape = editor.initializer("fp8_weight_shape", np.array(values.shape, np.int64))
     return editor.insert(before, "Reshape", [*floats, shape])[0]
-
-
-def _rounded_input(editor: Editor, before: ir.Node, value: ir.Value, peaks: Peaks | None) -> ir.Value:
-    insert, fp8 = editor.insert, ir.DataType.FLOAT8E4M3FN
-    zero = editor.initializer("fp8_zero_point", np.zeros((), ml_dtypes.float8_e4m3fn))
-    if peaks is None:
-        # Over all axes, which gives a scalar.
-        peak = insert(before, "ReduceMax", insert(before, "Abs", [value], like=value), {"keepdims": 0})
-        part = insert(before, "Mul", [*peak, editor.initializer("fp8_step", np.float32(1 / LARGEST))])
-        (scale,) = insert(before, "Max", [*part, editor.initializer("fp8_least", np.float32(LEAST_SCALE))])
-    else:
-        step = max(peaks[str(value.name)] / LARGEST, LEAST_SCALE)
-        scale = editor.initializer(f"{value.name}_scale", np.float32(step))
-    rounded = insert(before, "QuantizeLinear", [value, scale, zero], like=value, dtype=fp8)
-    return insert(before, "DequantizeLinear", [*rounded, scale], like=value)[0]

@@ -12,6 +12,7 @@ from effc.passes.quantize_find import Embedding, Linear, find_embeddings, find_l
 from effc.passes.quantize_graph import constant_of
 from effc.passes.quantize_schemes import ELSEWHERE
 from effc.passes.quantize_settings import QuantizationSection
+from effc.plugins.function_body import is_attention
 
 QUANTIZED_OPS = frozenset(
     {
@@ -102,7 +103,9 @@ def check_globs(model: ir.Model, settings: QuantizationSection) -> None:
     """
     embeddings = find_embeddings(model.graph) if settings.embeddings else ()
     exclusion = Exclusion(model.graph, settings.exclude)
-    exclusion.check_globs(find_linears(model.graph), embeddings, settings.layers)
+    rounded = settings.attention != "none"
+    attention = [str(node.name) for node in model.graph if is_attention(node)] if rounded else []
+    exclusion.check_globs(find_linears(model.graph), embeddings, settings.layers, attention)
 
 
 def check_nothing_left(model: ir.Model, exclusion: Exclusion, name: str, what: str = "fp32") -> None:

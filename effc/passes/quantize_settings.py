@@ -79,6 +79,9 @@ class QuantizationSection(BaseModel):
     kv_cache: Literal["fp32", "fp16", "int8"] = Field(
         "fp32", description="what generate() keeps keys and values in; int8 with a scale per position and head"
     )
+    attention: Literal["none", "int8", "fp8"] = Field(
+        "none", description="what queries, keys and values are rounded to in front of attention, with a scale each"
+    )
     weights: WeightSection = WeightSection()
     calibration: CalibrationSection = CalibrationSection()
 
@@ -133,7 +136,7 @@ class QuantizationSection(BaseModel):
     @property
     def active(self) -> bool:
         """Whether anything is to be quantized."""
-        return self.mode != "none" or any(mode != "none" for mode in self.layers.values())
+        return bool(self.modes) or self.attention != "none"
 
     @property
     def budget(self) -> float | None:
@@ -144,6 +147,11 @@ class QuantizationSection(BaseModel):
     def base_mode(self) -> str:
         """The mode of layers that nothing else is said of."""
         return _auto(self.mode)[1] if self.mode.startswith(AUTO) else self.mode
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """The modes, and what attention's inputs are rounded to."""
+        return self.modes | ({self.attention} - {"none"})
 
     @property
     def modes(self) -> frozenset[str]:
