@@ -13,14 +13,16 @@ times and ratios of runs in turns.
 from __future__ import annotations
 
 import argparse
+import http.client
+import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -55,35 +57,73 @@ def tensor(ids: np.ndarray) -> Any:
 
 
 def overhead(artifact: Path, length: int) -> None:
-    """Wall and CPU time of one request at batch 1 by gRPC, less that of the same run in a direct session, in turns."""
+    """Wall and CPU time of one request at batch 1, by gRPC and by HTTP, less that of the same run in a direct session.
+
+    The three take turns. Beside them, the time of a request that no model sees, which is the protocol's own.
+    """
     model = effc.load(artifact, threads=1)
     top = next(record.maximum for record in model.manifest.inputs if record.name == "input_ids") or 1
     ids = np.random.default_rng(0).integers(0, top, (1, length))
     # The smallest output, so that it is not the transport of hidden states that is measured.
     output = min(model.manifest.outputs, key=lambda record: len(record.shape)).name
-    feeds = {"input_ids": ids}
     with (
         served(artifact, threads=1, batch_delay_us=0) as server,
         grpc.InferenceServerClient(server.grpc) as client,
     ):
-        wanted = [grpc.InferRequestedOutput(output)]
-        direct, through, both = [], [], []
-        model_cpu, server_cpu = 0.0, cpu_seconds(server)
+        wanted, given = [grpc.InferRequestedOutput(output)], tensor(ids)
+        host, port = server.http.split(":")
+        connection = http.client.HTTPConnection(host, int(port))
+        calls: dict[str, Callable[[], Any]] = {
+            "direct": lambda: model(input_ids=ids),
+            "gRPC": lambda: client.infer("m_model", [given], outputs=wanted),
+            "HTTP": lambda: ask_http(connection, "m_model", ids, output),
+            "gRPC, no model": client.is_server_live,
+            "HTTP, no model": lambda: get_http(connection, "/v2/health/live"),
+        }
+        wall: dict[str, list[float]] = {name: [] for name in calls}
+        spent: dict[str, list[float]] = {"direct": [], "gRPC": [], "HTTP": []}
         for _ in range(200):
-            start, cpu = time.perf_counter(), time.process_time()
-            model(**feeds)
-            middle = time.perf_counter()
-            model_cpu += time.process_time() - cpu
-            client.infer("m_model", [tensor(ids)], outputs=wanted)
-            end = time.perf_counter()
-            direct.append(1000 * (middle - start))
-            through.append(1000 * (end - middle))
-            both.append(through[-1] - direct[-1])
-        print(f"{length} tokens, batch 1, output {output}")
-        print(f"direct {median(direct):.2f} ms, served {median(through):.2f} ms")
-        server_cpu = (cpu_seconds(server) - server_cpu) / 200
-        print(f"CPU: direct {5 * model_cpu:.2f} ms, server {1000 * server_cpu:.2f} ms")
-        print(f"difference: median {median(both):.2f} ms; of the minima {min(through) - min(direct):.2f} ms")
+            for name, call in calls.items():
+                measured = name in spent
+                before = cpu_seconds(server) if measured and name != "direct" else 0.0
+                start, cpu = time.perf_counter(), time.process_time()
+                call()
+                wall[name].append(1000 * (time.perf_counter() - start))
+                if measured:
+                    spent[name].append(
+                        1000 * (time.process_time() - cpu if name == "direct" else cpu_seconds(server) - before)
+                    )
+        connection.close()
+    print(f"{length} tokens, batch 1, output {output}")
+    for name, times in wall.items():
+        line = f"{name}: median {median(times):.2f} ms, least {min(times):.2f}"
+        if name in ("gRPC", "HTTP"):
+            more = [served - direct for served, direct in zip(times, wall["direct"], strict=True)]
+            line += f"; over direct: median {median(more):.2f} ms, of the least {min(times) - min(wall['direct']):.2f}"
+        if name in spent:
+            # Clocks of other processes tick in hundredths of seconds, so only their mean says something.
+            line += f"; CPU {mean(spent[name]):.2f} ms{'' if name == 'direct' else ' in the server'}"
+        print(line)
+
+
+def ask_http(connection: http.client.HTTPConnection, model: str, ids: np.ndarray, output: str) -> None:
+    """KServe's protocol with the tensors as bytes."""
+    raw = ids.astype(np.int64).tobytes()
+    entry = {"name": "input_ids", "shape": ids.shape, "datatype": "INT64", "parameters": {"binary_data_size": len(raw)}}
+    outputs = [{"name": output, "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [entry], "outputs": outputs}).encode()
+    connection.request(
+        "POST", f"/v2/models/{model}/infer", head + raw, {"Inference-Header-Content-Length": str(len(head))}
+    )
+    response = connection.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise RuntimeError(content)
+
+
+def get_http(connection: http.client.HTTPConnection, path: str) -> None:
+    connection.request("GET", path)
+    connection.getresponse().read()
 
 
 def batching(artifact: Path) -> None:

@@ -101,7 +101,8 @@ def main() -> None:
     # Libraries would write to the terminal over effc's own progress.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Not by way of SIGINT, which shells let programs in the background ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @main.command()
@@ -576,7 +577,7 @@ def _serving_options(command: Command) -> Command:
     for option in (
         click.option("--name", help="Of the model that clients ask; the artifact's directory name when not given."),
         click.option("--max-batch", type=int, default=8, show_default=True, help="Rows of one run, or texts at once."),
-        click.option("--instances", default="cpu", show_default=True, help="Copies: cpu:2, gpu, gpu:0,1."),
+        click.option("--instances", default="auto", show_default=True, help="Copies: cpu:2, gpu, gpu:0,1."),
         click.option("--batch-delay-us", type=int, default=500, show_default=True, help="Wait for others that long."),
         click.option("--backend", default="python", show_default=True, help="Who runs the graph: python, onnxruntime."),
         click.option("--threads", type=int, help="Computing threads of one instance; its share of the cores else."),
@@ -587,6 +588,10 @@ def _serving_options(command: Command) -> Command:
         click.option("--normalize/--no-normalize", default=None, help="Embeddings of length 1."),
         click.option("--variant", multiple=True, help="NAME=OTHER_ARTIFACT of the same model, chosen by length."),
         click.option("--latency-budget-ms", type=float, help="Take the best variant that answers within this time."),
+        click.option("--stages", help="Split the graph into N models in a row; gpu:0,1 puts one on each of these."),
+        click.option("--engines", multiple=True, type=click.Path(path_type=Path), help="Engines for other GPUs."),
+        click.option("--server-tensorrt", help="The server's version of TensorRT, to be checked against the engines'."),
+        click.option("--cuda-graphs", help="Shapes to capture CUDA graphs for: 1x128,8x128."),
     ):
         command = option(command)
     return command
@@ -595,7 +600,7 @@ def _serving_options(command: Command) -> Command:
 def _serving(flags: dict[str, Any]) -> Any:
     """The options that these flags say."""
     from effc.exporters.triton_config import Instances
-    from effc.serving.options import ServingOptions
+    from effc.serving.options import ServingOptions, parse_stages
 
     variants = {}
     for text in flags.pop("variant"):
@@ -603,7 +608,11 @@ def _serving(flags: dict[str, Any]) -> Any:
         if not found:
             raise UsageError(f"'{text}' names no variant.", "Write, for example, --variant dense=other.effc.")
         variants[name] = Path(path)
-    return ServingOptions(**{**flags, "variants": variants, "instances": Instances.parse(flags["instances"])})
+    stages, instances = parse_stages(flags.pop("stages"), Instances.parse(flags["instances"]))
+    graphs = tuple(text for text in (flags.pop("cuda_graphs") or "").split(",") if text)
+    return ServingOptions(
+        **{**flags, "variants": variants, "instances": instances, "stages": stages, "cuda_graphs": graphs}
+    )
 
 
 @main.command()
@@ -655,7 +664,7 @@ def triton(
 @click.option("--http-port", type=int, default=8000, show_default=True)
 @click.option("--grpc-port", type=int, default=8001, show_default=True)
 @click.option("--metrics-port", type=int, default=8002, show_default=True)
-@click.option("--install-server", is_flag=True, help="Set up the packaged Triton server (CPU, 55 MB) if there is none.")
+@click.option("--install-server", is_flag=True, help="Set up the packaged Triton server (CPU, 70 MB) if there is none.")
 @_serving_options
 @_common
 def serve(
@@ -747,6 +756,7 @@ def kubernetes(
 @click.option("--timeout-s", type=float, default=60, show_default=True, help="For one answer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds send equal texts.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write a plot to this .png, .svg or .pdf.")
+@click.option("--perf-analyzer/--no-perf-analyzer", default=None, help="NVIDIA's tool sends; so for tensor models.")
 @_common
 def load_test(url: str, save: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     """Send texts to a model that is served at URL and measure; exit 1 if a request failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,15 +14,40 @@ import numpy as np
 import pytest
 
 from effc.cli import main
-from effc.errors import DataError, EffcError, OutputError, UsageError
+from effc.errors import DataError, EffcError, MissingDependencyError, OutputError, UsageError
 from effc.serving.load_client import Client, find_target
 from effc.serving.load_plot import load_figure, save_plot
-from effc.serving.load_test import Latencies, _Measured, _one, load_test
+from effc.serving.load_result import Latencies
+from effc.serving.load_test import _Measured, _one, load_test
 
 DELAY_S = 0.02
-TEXT = {"platform": "ensemble", "input": [{"name": "text"}]}
-WRITER = {"platform": "", "input": [{"name": "text_input"}, {"name": "stream"}]}
-TENSORS = {"platform": "", "input": [{"name": "input_ids"}]}
+TEXT = {"platform": "ensemble", "input": [{"name": "text", "data_type": "TYPE_STRING"}]}
+WRITER = {"platform": "", "input": [{"name": "text_input", "data_type": "TYPE_STRING"}, {"name": "stream"}]}
+TENSORS = {
+    "platform": "",
+    "input": [
+        {"name": "input_ids", "data_type": "TYPE_INT64", "dims": ["-1"]},
+        {"name": "attention_mask", "data_type": "TYPE_INT64", "dims": ["-1"]},
+        {"name": "kind", "data_type": "TYPE_INT64", "dims": ["2"], "optional": True},
+    ],
+}
+# Does what perf_analyzer does with its arguments, without a server: writes the requests that it was given.
+FAKE = """#!{python}
+import json, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+data = json.load(open(flags["--input-data"]))["data"]
+if "bad" in flags["-m"]:
+    sys.exit("Failed to maintain requested inference load.\\nThread [0] had error: too busy")
+count = int(flags["--request-count"])
+requests = [{{
+    "timestamp": 10**9 + 10**6 * number,
+    "request_inputs": {{name: value if isinstance(value, list) else value["content"]
+                        for name, value in data[number % len(data)].items()}},
+    "response_timestamps": [10**9 + 3 * 10**6 * (number + 1)] if number else [],
+}} for number in range(count)]
+json.dump({{"experiments": [{{"requests": requests}}], "flags": flags}}, open(flags["--profile-export-file"], "w"))
+json.dump({{"flags": flags, "data": data}}, open("{seen}", "w"))
+"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -42,6 +68,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v2/repository/index":
             self._send(200, [{"name": name} for name in self.server.models])
+            return
+        if self.path == "/v2/models/embed_tokenizer/infer":
+            words = body["inputs"][0]["data"][0].split()
+            outputs = {"input_ids": [7] * len(words), "attention_mask": [1] * len(words), "truncated": [False]}
+            entries = [{"name": name, "shape": [1, len(data)], "data": data} for name, data in outputs.items()]
+            self._send(200, {"outputs": entries})
             return
         with self.server.lock:
             self.server.active += 1
@@ -138,7 +170,8 @@ def test_texts_come_from_the_file(server, tmp_path):
 def test_what_cannot_be_measured_is_told(server):
     for arguments, message in (
         ({"model": "none"}, "no model 'none'"),
-        ({"model": "embed_model"}, "takes no text"),
+        ({"model": "embed_model", "perf_analyzer": False}, "takes no text"),
+        ({"perf_analyzer": True}, "Name one with --model"),
         ({"requests": 0}, "at least 1"),
         ({"rate": 0.0}, "above 0"),
     ):
@@ -151,6 +184,49 @@ def test_what_cannot_be_measured_is_told(server):
         load_test("ftp://x")
     with pytest.raises(EffcError, match="No server answers"):
         load_test("http://127.0.0.1:1")
+
+
+def test_tensors_are_measured_by_perf_analyzer_with_what_the_tokenizer_gives(server, tmp_path, monkeypatch):
+    seen = tmp_path / "seen.json"
+    program = tmp_path / "perf_analyzer"
+    program.write_text(FAKE.format(python=sys.executable, seen=seen))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "texts.txt").write_text("one\ntwo words\n")
+    server.models["embed_tokenizer"] = {"input": [{"name": "text", "data_type": "TYPE_STRING"}]}
+    asked = {"data": str(tmp_path / "texts.txt"), "requests": 6, "concurrency": 9}
+    result = load_test(server.url, model="embed_model", **asked)
+    assert (result.tool, result.mode, result.requests, result.failed) == ("perf_analyzer", "closed", 6, 1)
+    assert result.errors == {"no answer": 1}
+    # Answered 3 ms after one another, asked 1 ms after one another.
+    assert [round(1000 * seconds) for _, seconds in result.samples] == [5, 7, 9, 11, 13]
+    assert {length for length, _ in result.samples} <= {1, 2}
+    assert result.throughput == pytest.approx(5 / 0.017)
+    told = json.loads(seen.read_text())
+    assert told["flags"]["--concurrency-range"] == "6" and told["flags"]["-u"] == server.url.removeprefix("http://")
+    two = {"content": [7, 7], "shape": [2]}, {"content": [1, 1], "shape": [2]}
+    assert dict(zip(("input_ids", "attention_mask"), two, strict=True)) in told["data"]
+    # Without a tokenizer: zeros of the texts' lengths, and nothing is hidden.
+    del server.models["embed_tokenizer"]
+    assert load_test(server.url, model="embed_model", rate=5.0, **asked).mode == "open"
+    told = json.loads(seen.read_text())
+    assert told["flags"]["--request-rate-range"] == "5" and told["flags"]["--request-distribution"] == "poisson"
+    zeros = {"content": [0, 0], "shape": [2]}, {"content": [1, 1], "shape": [2]}
+    assert dict(zip(("input_ids", "attention_mask"), zeros, strict=True)) in told["data"]
+    # A model that takes text is measured by it when that is asked for.
+    load_test(server.url, model="embed", perf_analyzer=True, **asked)
+    assert {"text": ["two words"]} in json.loads(seen.read_text())["data"]
+    server.models |= {"bad": TENSORS, "stream": {**WRITER, "model_transaction_policy": {"decoupled": True}}}
+    with pytest.raises(EffcError, match="perf_analyzer failed: .*had error: too busy"):
+        load_test(server.url, model="bad", **asked)
+    with pytest.raises(UsageError, match="streams its answers"):
+        load_test(server.url, model="stream", perf_analyzer=True, **asked)
+
+
+def test_without_perf_analyzer_it_is_told_how_to_get_it(server, monkeypatch):
+    monkeypatch.setattr("effc.serving.load_perf.find_perf_analyzer", lambda: None)
+    with pytest.raises(MissingDependencyError, match=r"(?s)not on this machine.*effc serve --install-server"):
+        load_test(server.url, model="embed_model")
 
 
 def test_percentiles():

@@ -28,7 +28,7 @@ from effc.serving.backend_files import SERVER_PACKAGES, model_files, modules_of
 KINDS = ("forward", "tokens", "heads", "route", "writer")
 
 
-def forward(directory: Path, *, mask: bool = True, max_batch: int = 8) -> Forward:
+def forward(directory: Path, *, mask: bool = True, max_batch: int = 8, pads: bool = True) -> Forward:
     make_artifact(directory, mask=mask)
     manifest = read_manifest(directory)
     settings = ForwardSettings(
@@ -39,6 +39,7 @@ def forward(directory: Path, *, mask: bool = True, max_batch: int = 8) -> Forwar
         max_length=manifest.source.max_length,
         max_batch=max_batch,
         padding={},
+        pads=pads,
     )
     assert ForwardSettings.from_json(settings.to_json()) == settings
     return Forward(directory, settings, 1, ["CPUExecutionProvider"])
@@ -63,6 +64,12 @@ class TestForward:
             assert actual.shape == wanted.shape
             # The INT8 product takes its range from the whole batch; a key from the padding would cost far more.
             assert np.linalg.norm(actual - wanted) < 0.03 * np.linalg.norm(wanted)
+
+    def test_a_part_of_a_graph_does_not_pad(self, tmp_path):
+        model = forward(tmp_path, pads=False)
+        answers = model.run([{"input_ids": ids(1, length)} for length in (5, 6, 5)])
+        assert [answer["last_hidden_state"].shape[1] for answer in answers] == [5, 6, 5]
+        assert model.runs == 2, "those of 5 together"
 
     def test_a_bad_request_does_not_harm_its_neighbours(self, tmp_path):
         model = forward(tmp_path)

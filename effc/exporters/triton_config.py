@@ -14,7 +14,7 @@ from effc.errors import EffcError, MissingDependencyError, UsageError
 TEXT = "bytes"
 """The ``dtype`` of a :class:`Tensor` that holds text."""
 
-Kind = Literal["cpu", "gpu"]
+Kind = Literal["auto", "cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Instances:
     """How many copies of a model run, and where.
 
     Attributes:
+        kind: ``auto`` leaves it to the model; no configuration says so.
         count: copies, on each GPU if ``kind`` is gpu.
         gpus: numbers of the GPUs; all of them if empty.
     """
@@ -49,7 +50,7 @@ class Instances:
 
     @classmethod
     def parse(cls, text: str) -> Instances:
-        """Read ``cpu``, ``cpu:2``, ``gpu`` or ``gpu:0,1``.
+        """Read ``auto``, ``cpu``, ``cpu:2``, ``gpu`` or ``gpu:0,1``.
 
         Raises:
             UsageError: if it is none of these.
@@ -59,6 +60,8 @@ class Instances:
             numbers = tuple(int(part) for part in rest.split(",")) if rest else ()
         except ValueError:
             numbers = (-1,)
+        if text == "auto":
+            return cls("auto")
         if kind == "cpu" and (not rest or (len(numbers) == 1 and numbers[0] >= 1)):
             return cls("cpu", numbers[0] if numbers else 1)
         if kind == "gpu" and all(number >= 0 for number in numbers) and len(set(numbers)) == len(numbers):

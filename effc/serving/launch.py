@@ -23,18 +23,28 @@ def server_flags(*, cache: bool) -> list[str]:
     return [*flags, *([f"--cache-config=local,size={CACHE_BYTES}"] if cache else [])]
 
 
-def launch_script(*, cache: bool, plugins: Sequence[str] = ()) -> str:
+def tensorrt_flags(plugins: Sequence[str], host_code: bool) -> list[str]:
+    """Flags for Triton's TensorRT backend, which loads plugins for all its models.
+
+    Args:
+        plugins: paths of plugin libraries.
+        host_code: a plan holds code of the CPU's: a plugin library, or a runtime for other releases of TensorRT.
+    """
+    flags = [f"--backend-config=tensorrt,plugins={';'.join(plugins)}"] if plugins else []
+    return [*flags, *(["--backend-config=tensorrt,version-compatible=true"] if host_code else [])]
+
+
+def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool = False) -> str:
     """A shell script that starts ``tritonserver`` from PATH on the directory that it lies in.
 
     It listens on this machine only; ADDRESS=0.0.0.0 opens it to others.
 
     Args:
         plugins: TensorRT plugin libraries, by their paths in the repository.
+        host_code: see :func:`tensorrt_flags`.
     """
-    flags = server_flags(cache=cache)
-    if plugins:
-        places = ";".join(f"$repository/{library}" for library in plugins)
-        flags.append(f'"--backend-config=tensorrt,plugins={places}"')
+    libraries = [f"$repository/{library}" for library in plugins]
+    flags = [*server_flags(cache=cache), *(f'"{flag}"' for flag in tensorrt_flags(libraries, host_code))]
     lines = " \\\n  ".join(flags)
     return f"""#!/bin/sh
 # Starts Triton on this repository; further flags of tritonserver may be given. In a container:

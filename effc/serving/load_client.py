@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from effc.errors import EffcError, UsageError
+from effc.errors import UsageError
+from effc.serving.load_endpoint import Endpoint, error_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RequestFailed(Exception):
     """The server refused a request, or there was no answer."""
 
 
-def find_target(url: str, model: str | None, max_tokens: int, timeout_s: float = 10) -> Target:
+def find_target(url: str, model: str | None, max_tokens: int) -> Target:
     """Ask a server what a model takes.
 
     Args:
@@ -60,24 +60,12 @@ def find_target(url: str, model: str | None, max_tokens: int, timeout_s: float =
     Raises:
         UsageError: if the URL is none, there is no such model, or it takes no text.
         EffcError: if the server does not answer.
+        MissingDependencyError: if tritonclient is needed and not installed.
     """
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "grpc") or not parts.hostname:
-        raise UsageError(
-            f"'{url}' is no address of a server.",
-            "Write, for example, http://127.0.0.1:8000 or grpc://127.0.0.1:8001.",
-        )
-    if parts.scheme == "grpc":
-        from effc.serving.load_grpc import DEFAULT_PORT, find_grpc_target
-
-        return find_grpc_target(parts.hostname, parts.port or DEFAULT_PORT, model, max_tokens, timeout_s)
-    host, port = parts.hostname, parts.port or 8000
-    try:
-        names = [model] if model else _models(host, port, timeout_s)
-        found = [target for name in names for target in [_target(host, port, name, max_tokens, timeout_s)] if target]
-    except (OSError, http.client.HTTPException) as error:
-        raise EffcError(f"No server answers at {host}:{port}: {error}.", "Start one: effc serve OUT.") from None
-    return choose(found, model)
+    endpoint = Endpoint.of(url)
+    names = [model] if model else endpoint.models()
+    found = [target_of(endpoint.config(name), endpoint, name, max_tokens) for name in names]
+    return choose([target for target in found if target is not None], model)
 
 
 def choose(found: list[Target], model: str | None) -> Target:
@@ -92,16 +80,20 @@ def choose(found: list[Target], model: str | None) -> Target:
     return found[0]
 
 
-def target_of(
-    config: Mapping[str, Any], host: str, port: int, model: str, max_tokens: int, scheme: str = "http"
-) -> Target | None:
+def target_of(config: Mapping[str, Any], endpoint: Endpoint, model: str, max_tokens: int) -> Target | None:
     """A model by its configuration; None if it takes no text."""
     names = {entry["name"] for entry in config.get("input", [])}
+    place = endpoint.host, endpoint.port, model
     if "text_input" in names:
-        return Target(host, port, model, "text_input", True, max_tokens, scheme)
+        return Target(*place, "text_input", True, max_tokens, endpoint.scheme)
     if names == {"text"} and config.get("platform") == "ensemble":
-        return Target(host, port, model, "text", False, 0, scheme)
+        return Target(*place, "text", False, 0, endpoint.scheme)
     return None
+
+
+def takes_tensors(config: Mapping[str, Any]) -> bool:
+    """Whether no input of a model is text."""
+    return all(entry.get("data_type") != "TYPE_STRING" for entry in config.get("input", []))
 
 
 class Client:
@@ -143,7 +135,7 @@ class Client:
         if not self._target.writes or response.status != 200:
             content = response.read()
             if response.status != 200:
-                raise RequestFailed(_error_of(content))
+                raise RequestFailed(error_of(content))
             return Answer(time.perf_counter() - start, 0)
         first, parts = 0.0, 0
         for line in response:
@@ -159,30 +151,6 @@ class Client:
         # A connection takes its next request only once the end of the answer was read.
         response.read()
         return Answer(first, parts)
-
-
-def _models(host: str, port: int, timeout_s: float) -> list[str]:
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
-    connection.request("POST", "/v2/repository/index", b'{"ready": true}')
-    return sorted({entry["name"] for entry in json.loads(connection.getresponse().read())})
-
-
-def _target(host: str, port: int, model: str, max_tokens: int, timeout_s: float) -> Target | None:
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
-    connection.request("GET", f"/v2/models/{model}/config")
-    response = connection.getresponse()
-    content = response.read()
-    if response.status != 200:
-        raise UsageError(f"The server has no model '{model}': {_error_of(content)}.", "Ask it for another one.")
-    return target_of(json.loads(content), host, port, model, max_tokens)
-
-
-def _error_of(content: bytes) -> str:
-    text = content.decode(errors="replace").removeprefix("data:").strip()
-    try:
-        return str(json.loads(text).get("error", text))
-    except ValueError:
-        return text
 
 
 def _names(targets: list[Target]) -> str:

@@ -5,43 +5,57 @@ from __future__ import annotations
 import json
 import queue
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from effc.errors import EffcError, MissingDependencyError, UsageError
-from effc.serving.load_client import Answer, RequestFailed, Target, choose, target_of
-
-SCHEME = "grpc"
-DEFAULT_PORT = 8001
+from effc.serving.load_client import Answer, RequestFailed, Target
+from effc.serving.load_endpoint import Encoded, Endpoint
 
 
-def find_grpc_target(host: str, port: int, model: str | None, max_tokens: int, timeout_s: float) -> Target:
-    """Ask a server what a model takes.
+def grpc_models(endpoint: Endpoint) -> list[str]:
+    """See :meth:`Endpoint.models`."""
+    with _asking(endpoint) as client:
+        index = client.get_model_repository_index(as_json=True, client_timeout=endpoint.timeout_s).get("models", [])
+    return sorted({entry["name"] for entry in index if entry.get("state") == "READY"})
 
-    Raises:
-        UsageError: if there is no such model, or it takes no text.
-        EffcError: if the server does not answer.
-        MissingDependencyError: if tritonclient is not installed.
-    """
+
+def grpc_config(endpoint: Endpoint, model: str) -> Mapping[str, Any]:
+    """See :meth:`Endpoint.config`."""
+    with _asking(endpoint, model) as client:
+        config: Mapping[str, Any] = client.get_model_config(model, as_json=True, client_timeout=endpoint.timeout_s)
+    return config["config"]  # type: ignore[no-any-return]
+
+
+def grpc_infer_text(endpoint: Endpoint, model: str, text: str) -> Encoded:
+    """See :meth:`Endpoint.infer_text`."""
+    tensor = _grpc().InferInput("text", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
+    with _asking(endpoint) as client:
+        result = client.infer(model, [tensor], client_timeout=endpoint.timeout_s)
+    arrays = {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    return {name: (array.reshape(-1).tolist(), list(array.shape[1:])) for name, array in arrays.items()}
+
+
+@contextmanager
+def _asking(endpoint: Endpoint, model: str | None = None) -> Iterator[Any]:
+    """A connection whose errors are effc's."""
     grpc = _grpc()
     try:
-        with grpc.InferenceServerClient(f"{host}:{port}") as client:
-            if not client.is_server_ready(client_timeout=timeout_s):
-                raise EffcError(f"The server at {host}:{port} is not ready.", "Wait until it has loaded its models.")
-            index = client.get_model_repository_index(as_json=True, client_timeout=timeout_s).get("models", [])
-            ready = sorted({entry["name"] for entry in index if entry.get("state") == "READY"})
-            found = []
-            for name in [model] if model else ready:
-                config = client.get_model_config(name, as_json=True, client_timeout=timeout_s)["config"]
-                found.append(target_of(config, host, port, name, max_tokens, SCHEME))
+        with grpc.InferenceServerClient(f"{endpoint.host}:{endpoint.port}") as client:
+            yield client
     except grpc.InferenceServerException as error:
         if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
             raise EffcError(
-                f"No server answers by gRPC at {host}:{port}: {error.message()}.", "Start one: effc serve OUT."
+                f"No server answers by gRPC at {endpoint.host}:{endpoint.port}: {error.message()}.",
+                "Start one: effc serve OUT.",
             ) from None
+        if model is None:
+            raise EffcError(f"The server refuses: {error.message()}.", "Look at its log.") from None
         raise UsageError(f"The server has no model '{model}': {error.message()}.", "Ask it for another one.") from None
-    return choose([target for target in found if target is not None], model)
 
 
 class GrpcClient:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from effc.errors import OutputError, UsageError
-from effc.serving.load_test import LoadResult
+from effc.serving.load_result import LoadResult
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -38,7 +38,9 @@ def load_figure(result: LoadResult) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.scatter(words, milliseconds, s=8, alpha=0.5)
-    left.set(xlabel="words of the text", ylabel="latency, ms", ylim=(0, None))
+    left.set(
+        xlabel="words of the text" if result.tool == "effc" else "tokens or words", ylabel="latency, ms", ylim=(0, None)
+    )
     right.plot(np.sort(milliseconds), np.arange(1, len(milliseconds) + 1) / len(milliseconds))
     for name, value in (("p50", result.latency.p50), ("p95", result.latency.p95), ("p99", result.latency.p99)):
         right.axvline(value, color="0.6", linewidth=0.8)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from effc.serving.load_test import LoadResult
+from effc.serving.load_result import LoadResult
 
 
 def show_load(result: LoadResult, console: Console) -> None:
     """As a table."""
-    title = f"{result.model}, {result.mode} loop, {result.requests} requests in {result.seconds:.1f} s"
+    tool = "" if result.tool == "effc" else f" by {result.tool}"
+    title = f"{result.model}, {result.mode} loop{tool}, {result.requests} requests in {result.seconds:.1f} s"
     table = Table("ms", "mean", "p50", "p95", "p99", "max", title=title)
     for name, values in (("answer", result.latency), ("first token", result.first_token)):
         if values is not None:

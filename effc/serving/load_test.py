@@ -11,14 +11,14 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from effc.errors import UsageError
-from effc.serving.load_client import Answer, Client, RequestFailed, Target, find_target
+from effc.serving.load_client import Answer, Client, RequestFailed, Target, find_target, takes_tensors
+from effc.serving.load_endpoint import Endpoint
+from effc.serving.load_result import Latencies, LoadResult
 
 # An open loop needs as many clients as requests are under way at once.
 _OPEN_CLIENTS = 64
@@ -39,56 +39,6 @@ _FILLER = (
     "again",
 )
 _FILLER_WORDS = (8, 32, 128, 256)
-
-
-@dataclass(frozen=True)
-class Latencies:
-    """Of the answered requests, in milliseconds."""
-
-    mean: float
-    p50: float
-    p95: float
-    p99: float
-    maximum: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Latencies:
-        """Percentiles of measured times; at least one."""
-        values = 1000 * np.array(seconds)
-        p50, p95, p99 = (float(value) for value in np.percentile(values, [50, 95, 99]))
-        return cls(float(values.mean()), p50, p95, p99, float(values.max()))
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """What was measured.
-
-    Attributes:
-        mode: ``closed`` or ``open``.
-        seconds: from the first request to the last answer.
-        throughput: answers per second.
-        latency: of whole answers; None if there was none.
-        first_token: until a written text began; None for models that write none.
-        tokens_per_s: that all texts together got; 0 for models that write none.
-        errors: how often each error was met.
-        samples: words of the text and seconds of each answered request, in the order of the answers.
-    """
-
-    model: str
-    mode: str
-    requests: int
-    failed: int
-    seconds: float
-    throughput: float
-    latency: Latencies | None
-    first_token: Latencies | None
-    tokens_per_s: float
-    errors: dict[str, int]
-    samples: tuple[tuple[int, float], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the samples."""
-        return {key: value for key, value in asdict(self).items() if key != "samples"}
 
 
 @dataclass
@@ -113,6 +63,7 @@ def load_test(
     max_tokens: int = 32,
     timeout_s: float = 60,
     seed: int = 0,
+    perf_analyzer: bool | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadResult:
     """Send texts to a model and measure.
@@ -126,9 +77,11 @@ def load_test(
         concurrency: clients of a closed loop.
         rate: requests per second of an open loop; a closed one when None.
         max_tokens: that a model which writes text is asked for.
+        perf_analyzer: let NVIDIA's tool send the requests; when None, for models that take tensors only.
 
     Raises:
-        UsageError: if a value is out of range, or the model takes no text.
+        UsageError: if a value is out of range, or the model takes no text and ``perf_analyzer`` is False.
+        MissingDependencyError: if perf_analyzer is needed and not there.
         DataError: if the file cannot be read.
         EffcError: if no server answers.
     """
@@ -137,9 +90,19 @@ def load_test(
             raise UsageError(f"{name} must be at least 1, not {value}.", "Correct it.")
     if rate is not None and rate <= 0:
         raise UsageError(f"rate must be above 0, not {rate:g}.", "Give requests per second.")
-    target = find_target(url, model, max_tokens)
     generator = random.Random(seed)
     texts = list(_texts(data, requests, generator))
+    if perf_analyzer is not False and model is not None:
+        endpoint = Endpoint.of(url)
+        if perf_analyzer or takes_tensors(endpoint.config(model)):
+            from effc.serving.load_perf import perf_test
+
+            return perf_test(
+                endpoint, model, texts, requests=requests, concurrency=concurrency, rate=rate, timeout_s=timeout_s
+            )
+    elif perf_analyzer:
+        raise UsageError("perf_analyzer measures the model that it is told.", "Name one with --model.")
+    target = find_target(url, model, max_tokens)
     due = list(_arrivals(rate, requests, generator))
     measured = _Measured(threading.Lock(), [], [], Counter())
     waiting = enumerate(zip(texts, due, strict=True))

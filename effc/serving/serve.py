@@ -12,8 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from effc.compiler.runtime import read_manifest
+from effc.errors import UsageError
+from effc.serving.launch import LAUNCH_NAME
 from effc.serving.options import ServingOptions
-from effc.serving.repository import check_repository, deployment, wants_cache, write_repository
+from effc.serving.packaged import ServerProgram
+from effc.serving.repository import check_repository, deployment, engine_flags, wants_cache, write_repository
 from effc.serving.server import Ports, Server, find_server
 
 _LANGUAGE_MODEL = "causal-lm"
@@ -87,15 +91,34 @@ def serve(
         place = Path(repository) if repository is not None else Path(scratch) / "repository"
         # Before any work is done: a machine without a server should not take long to tell.
         program = find_server(place)
+        _check_can_run(program, artifact, options)
         deployed = write_repository(artifact, place, options)
         check_repository(place)
         where = ports or Ports(8000, 8001, 8002)
         with Server(
-            place, program, ports=where, address=address, cache=wants_cache(place), timeout_s=timeout_s
+            place,
+            program,
+            ports=where,
+            address=address,
+            cache=wants_cache(place),
+            extra=engine_flags(place),
+            timeout_s=timeout_s,
         ) as server:
             task = deployment(place, deployed.name)["task"]
             curl, python = example_requests(server.http, deployed.name, task, len(deployed.models) == 1)
             yield Serving(server, deployed.name, program.kind, deployed.notes, curl, python)
+
+
+def _check_can_run(program: ServerProgram, artifact: str | Path, options: ServingOptions | None) -> None:
+    """The packaged server has no GPU and no TensorRT."""
+    engines = read_manifest(artifact).engines
+    placed = (options or ServingOptions()).placed(engines=engines is not None)
+    if placed.backend == "tensorrt" and engines is not None and program.kind == "packaged":
+        raise UsageError(
+            "This artifact holds TensorRT engines, and the packaged server runs on CPU.",
+            f"Write a repository with effc triton and start its {LAUNCH_NAME} in NVIDIA's container with TensorRT "
+            f"{engines.version}; --backend python serves the ONNX graph here.",
+        )
 
 
 def example_requests(host: str, name: str, task: str, single: bool) -> tuple[str, str]:

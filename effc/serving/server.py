@@ -62,7 +62,7 @@ def find_server(repository: Path) -> ServerProgram:
         return packaged
     raise MissingDependencyError(
         "There is no Triton server on this machine.",
-        "Set up the packaged one (CPU, 55 MB): effc serve --install-server. Or run a container: docker run --rm "
+        "Set up the packaged one (CPU, 70 MB): effc serve --install-server. Or run a container: docker run --rm "
         f"--network host -v {repository}:/models {CONTAINER} sh -c 'pip install {PACKAGES} && /models/{LAUNCH_NAME}'",
     )
 

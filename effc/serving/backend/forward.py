@@ -36,6 +36,7 @@ class ForwardSettings:
         max_length: tokens that a sequence may have; None if nothing bounds them.
         max_batch: rows of one run.
         padding: what fills an input behind its sequence; 0 where it is not named.
+        pads: requests of different lengths may be padded to share a run.
     """
 
     file: str
@@ -45,6 +46,7 @@ class ForwardSettings:
     max_length: int | None
     max_batch: int
     padding: Mapping[str, int]
+    pads: bool = True
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ForwardSettings:
@@ -65,6 +67,7 @@ class Forward:
         self.settings = settings
         self.session = open_session(directory, settings.file, settings.library, threads, providers)
         self._length_name = self._padded_dimension()
+        self._output_names = [spec.name for spec in settings.outputs]
         self.runs = 0
 
     def run(self, requests: Sequence[Mapping[str, NDArray[Any]]]) -> list[Arrays | EffcError]:
@@ -97,17 +100,16 @@ class Forward:
             return [EffcError(f"ONNX Runtime failed: {first}.", "Send fewer or shorter sequences.")]
 
     def _run_together(self, group: list[Arrays]) -> list[Arrays]:
+        if len(group) == 1:
+            return [dict(zip(self._output_names, self._values(group[0]), strict=True))]
         rows = [len(next(iter(feeds.values()))) for feeds in group]
         lengths = [self._length(feeds) for feeds in group]
         longest = max(lengths)
         feeds = {
             spec.name: np.concatenate([self._padded(feeds[spec.name], spec, longest) for feeds in group])
-            if len(group) > 1
-            else group[0][spec.name]
             for spec in self.settings.inputs
         }
-        self.runs += 1
-        values = self.session.run([spec.name for spec in self.settings.outputs], feeds)
+        values = self._values(feeds)
         ends = np.cumsum(rows)
         answers = []
         for end, count, length in zip(ends, rows, lengths, strict=True):
@@ -118,6 +120,11 @@ class Forward:
                 }
             )
         return answers
+
+    def _values(self, feeds: Arrays) -> Sequence[NDArray[Any]]:
+        self.runs += 1
+        values: Sequence[NDArray[Any]] = self.session.run(self._output_names, feeds)
+        return values
 
     def _groups(self, ready: list[tuple[int, Arrays]]) -> Iterator[list[tuple[int, Arrays]]]:
         """Requests that may share a run, the shortest first."""
@@ -141,6 +148,8 @@ class Forward:
 
     def _padded_dimension(self) -> str | None:
         """The dimension that padding may extend; None where that would change the result."""
+        if not self.settings.pads:
+            return None
         symbols = {size for spec in self.settings.inputs for size in spec.shape[1:] if isinstance(size, str)}
         known = all(
             not isinstance(size, str) or size in symbols for spec in self.settings.outputs for size in spec.shape[1:]

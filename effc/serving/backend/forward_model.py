@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effc.serving.backend.forward import Forward, ForwardSettings
-from effc.serving.backend.triton import Counters, answer, inputs_of, providers, threads, version_directory
+from effc.serving.backend.triton import Counters, LateCounter, answer, inputs_of, providers, threads, version_directory
 from effc.serving.backend.version import read_version
 
 
@@ -19,10 +19,13 @@ class TritonPythonModel:
         settings = ForwardSettings.from_json(values["forward"])
         self._forward = Forward(directory, settings, threads(arguments, values["threads"]), providers(arguments))
         label = {"model": arguments["model_name"], "version": arguments["model_version"]}
-        self._runs = Counters("effc_runs", "Runs of the graph, each for one or more requests", [label])
+        self._runs = LateCounter(Counters("effc_runs", "Runs of the graph, each for one or more requests", [label]))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         before = self._forward.runs
         answers = self._forward.run([inputs_of(request) for request in requests])
         self._runs.add(self._forward.runs - before)
         return [answer(request, outputs) for request, outputs in zip(requests, answers, strict=True)]
+
+    def finalize(self) -> None:
+        self._runs.close()
