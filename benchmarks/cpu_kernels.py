@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_kernels.py                       # local:256, 12 heads x 64, 1k to 8k tokens, and dense MHA
     python benchmarks/cpu_kernels.py --pattern "local:256|sinks:4" --causal --lengths 4096
+    python benchmarks/cpu_kernels.py --pattern topk-blocks:8:64 --lengths 8192
     python benchmarks/cpu_kernels.py --flex                # compiled flex_attention too
     python benchmarks/cpu_kernels.py --bf16                # fp32 and bf16, with the error
     python benchmarks/cpu_kernels.py --linear              # linear:elu, both directions, and dense MHA
@@ -168,7 +169,7 @@ def compare_linear(arguments: argparse.Namespace, shapes: list[Shape]) -> list[d
         dense = multi_head_attention(shape, arguments.threads)
         for causal in (False, True):
             linear = replace(shape, pattern="linear:elu", causal=causal)
-            contestants = {"ours": ours(linear, arguments.threads, operator="LinearAttention"), "MHA": dense}
+            contestants = {"ours": ours(linear, arguments.threads), "MHA": dense}
             measured = measure(contestants, arguments.threads, arguments.rounds)
             # State in and state out; pairs within a causal chunk are not counted.
             flops = 4.0 * shape.kv_len * shape.head_dim**2 * shape.num_heads

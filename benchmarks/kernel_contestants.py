@@ -22,7 +22,8 @@ from onnx import TensorProto, helper
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from effc.plugins import native
-from effc.plugins.forms.registry import parse_pattern
+from effc.plugins.forms.registry import parse_form, parse_pattern
+from effc.plugins.pattern import Pattern
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 Run = Callable[[], Any]
@@ -42,7 +43,13 @@ class Shape:
     head_dim: int
 
     def flops(self) -> float:
-        """Useful floating point operations: two multiply-adds per visible pair and element of head_dim."""
+        """Useful floating point operations: two multiply-adds per visible pair and element of head_dim.
+
+        Of forms that are no patterns of positions, what their definition says for as many queries as keys.
+        """
+        form = parse_form(self.pattern)
+        if not isinstance(form, Pattern):
+            return float(form.cost(self.kv_len, self.causal, self.head_dim).flops * self.num_heads)
         return 4.0 * self.visible_pairs() * self.head_dim * self.num_heads
 
     def visible_pairs(self) -> int:
@@ -99,9 +106,9 @@ def bound(node: Any, inputs: Feeds, shapes: dict[str, tuple[int, ...]], threads:
     return run
 
 
-def ours(shape: Shape, threads: int, precision: str = "fp32", operator: str = "SparseAttention") -> Run:
-    """An operator of effc's native library."""
-    feeds = tensors(shape)
+def ours(shape: Shape, threads: int, precision: str = "fp32") -> Run:
+    """The operator of effc's native library for the shape's form."""
+    feeds, operator = tensors(shape), parse_form(shape.pattern).op_type
     attributes = {"precision": precision} if operator == "SparseAttention" else {}
     node = helper.make_node(
         operator,

@@ -12,13 +12,24 @@
 
 namespace effc::cpu {
 
+// Which blocks of `block` keys the queries of each block of queries see, chosen by content: bit n of a row of words is
+// block n. Rows are [batch, kv_num_heads, query_blocks]; the first one is that of query block `first_query_block`.
+struct ChosenBlocks {
+  const uint64_t* words;  // or null: the pattern alone decides
+  int64_t words_per_row;
+  int64_t query_blocks;
+  Position block;
+  Position first_query_block;
+};
+
 // The queries are the last q_len of the kv_len positions.
 struct Problem : AttentionCall {
   const uint8_t* marks;         // [batch, kv_len], or null: no token is marked
   const float* distance_bias;   // [num_heads, 2 * bias_reach + 1] by j - i, or null
   const float* distance_slope;  // [num_heads], times j - i, or null
   Position bias_reach;
-  float* log_sum_exp;  // [batch, num_heads, q_len], or null: not wanted
+  float* log_sum_exp;   // [batch, num_heads, q_len], or null: not wanted
+  ChosenBlocks chosen;  // only with patterns of one pass and without listed keys and rows
 };
 
 // The keys of one batch entry that a mask leaves.

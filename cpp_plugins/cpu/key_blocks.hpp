@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention_common.hpp"
+#include "cpu/chosen_blocks.hpp"
 
 namespace effc::cpu {
 namespace {
@@ -58,8 +59,13 @@ inline bool touches_excluded(const Scope& scope, const Pass& pass, const TileLay
 inline bool find_visible(const Call& call, const Pass& pass, const QueryTile& tile, const TileLayout& layout,
                          const KeyTile& keys, const KeyBlock& block, BlockVisibility& visibility) {
   const Scope scope = {static_cast<Position>(call.problem.kv_len), nullptr};
+  uint64_t chosen[kKeyTile];
+  bool chosen_by_all = true;
+  if (call.problem.chosen.words != nullptr && !find_chosen(call, tile, layout, keys.keys, chosen, chosen_by_all)) {
+    return false;
+  }
   const bool excludes = pass.excluded.term_count > 0 && touches_excluded(scope, pass, layout, tile, block);
-  visibility.all = keys.full && !excludes;
+  visibility.all = keys.full && !excludes && chosen_by_all;
   if (visibility.all && layout.attendable.has_holes) {
     for (int j = 0; j < block.count; ++j) visibility.all &= layout.key_mask[key_position(block, j)] != 0;
   }
@@ -85,6 +91,7 @@ inline bool find_visible(const Call& call, const Pass& pass, const QueryTile& ti
   }
   uint64_t any = 0;
   for (int j = 0; j < block.count; ++j) {
+    if (!chosen_by_all) visibility.rows[j] &= chosen[j];
     if (tile.head_count > 1) visibility.rows[j] = for_each_head(tile, visibility.rows[j]);
     any |= visibility.rows[j];
   }

@@ -8,6 +8,7 @@
 #include "cpu/linear_attention_op.hpp"
 #include "cpu/ort_abi.hpp"
 #include "cpu/sparse_attention_op.hpp"
+#include "cpu/topk_blocks_op.hpp"
 
 #define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -44,7 +45,7 @@ EFFC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
   if (domain == nullptr) {
     ort::CustomOpDomain* created = nullptr;
     if (ort::Status* status = api->CreateCustomOpDomain("effc", &created)) return status;
-    for (const ort::CustomOp* op : {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api)}) {
+    for (const ort::CustomOp* op : {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api), cpu::topk_blocks_op(*api)}) {
       if (ort::Status* status = api->CustomOpDomain_Add(created, op)) return status;
     }
     domain = created;

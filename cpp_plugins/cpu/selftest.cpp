@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/choose_blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/schedule.hpp"
 #include "cpu/selftest_linear.hpp"
@@ -142,6 +143,15 @@ std::unique_ptr<float[]> random_tensor(size_t size, Random& random) {
   return tensor;
 }
 
+bool is_chosen(const Problem& problem, int64_t batch, int64_t kv_head, Position query, int64_t key) {
+  const ChosenBlocks& chosen = problem.chosen;
+  if (chosen.words == nullptr) return true;
+  const int64_t row =
+      (batch * problem.kv_num_heads + kv_head) * chosen.query_blocks + query / chosen.block - chosen.first_query_block;
+  const int64_t key_block = key / chosen.block;
+  return (chosen.words[row * chosen.words_per_row + key_block / 64] >> (key_block % 64) & 1) != 0;
+}
+
 // One output row and its log-sum-exp, the slow way.
 void reference_row(const Problem& problem, const Pattern& pattern, int64_t batch, int64_t head, int64_t row,
                    std::vector<double>& output, double& log_sum_exp) {
@@ -154,7 +164,7 @@ void reference_row(const Problem& problem, const Pattern& pattern, int64_t batch
   std::vector<double> scores(problem.kv_len, -INFINITY);
   double largest = -INFINITY, sum = 0;
   for (int64_t j = 0; j < problem.kv_len; ++j) {
-    if (!visible(pattern, scope, i, static_cast<Position>(j))) continue;
+    if (!visible(pattern, scope, i, static_cast<Position>(j)) || !is_chosen(problem, batch, kv_head, i, j)) continue;
     if (problem.key_mask != nullptr && problem.key_mask[batch * problem.kv_len + j] == 0) continue;
     const float* key = problem.key + ((batch * problem.kv_len + j) * problem.kv_num_heads + kv_head) * dim;
     scores[j] = 0;
@@ -216,7 +226,8 @@ void run_on_threads(const Problem& problem, const SplitPattern& split, const Ker
   if (!run_plan(plan, kernels, on_threads(count))) fail("out of memory");
 }
 
-void check_kernels(const std::string& text, bool causal, const std::vector<const Kernels*>& all_kernels,
+// With `chooses`, content chooses blocks of keys as well.
+void check_kernels(const std::string& text, bool causal, bool chooses, const std::vector<const Kernels*>& all_kernels,
                    Random& random) {
   Problem problem{};
   Pattern pattern;
@@ -254,6 +265,13 @@ void check_kernels(const std::string& text, bool causal, const std::vector<const
   const auto slope = random_tensor(problem.num_heads, random);
   for (int64_t head = 0; head < problem.num_heads; ++head) slope[head] *= 0.05f;
   if (random.between(0, 2) == 0) problem.distance_slope = slope.get();
+
+  BlockChoice choice{};
+  if (chooses) {
+    const Position block = random.between(1, 90);
+    choice = choose_blocks(problem, causal, random.between(2, 6), block, on_threads(random.between(1, 3)));
+    problem.chosen = choice.view();
+  }
 
   for (const Kernels* kernels : all_kernels) {
     const auto output = std::make_unique<float[]>(rows * problem.head_dim);
@@ -297,7 +315,8 @@ int main(int argc, char** argv) {
     const std::string problem = parse_pattern(text, causal, pattern);
     if (!problem.empty()) fail(problem);
     for (int n = 0; n < 10; ++n) check_pattern(pattern, text, random.between(1, 300), random);
-    check_kernels(text, causal, all_kernels, random);
+    check_kernels(text, causal, false, all_kernels, random);
+    check_kernels("dense", causal, true, all_kernels, random);
     const std::string linear = selftest::check_linear(all_kernels, on_threads(random.between(1, 3)), random.engine());
     if (!linear.empty()) fail(linear);
   }
