@@ -19,7 +19,14 @@ PLUGINS = Path(__file__).resolve().parents[1] / "cpp_plugins"
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TILE_KERNEL = re.compile(r"attend_tile.*?(Half|BFloat16).*?TileShapeILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")
-OTHER_KERNEL = re.compile(r"(attend_rows|merge_splits)I(f|\w*?Half|\w*?BFloat16)E")
+LINEAR_KERNEL = re.compile(r"attend_linear(?!_).*?(Half|BFloat16).*?LinearShapeILi(\d+)E")
+OTHER_KERNEL = re.compile(
+    r"\d(attend_rows|merge_splits|sum_keys|add_segments|sum_keys_plainly|attend_linear_rows|step_linear)"
+    r"I(f|\w*?Half|\w*?BFloat16)E"
+)
+LINEAR_SOURCES = {32: "small", 64: "small", 80: "medium", 96: "medium", 128: "large", 256: "large"}
+SUMS = (64, "sums")
+"""Key in :func:`tile_shapes` of the kernel that sums up keys, whatever the head size."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Kernel:
     instructions: int
     tensor_core: int  # HMMA
     local_memory: int  # LDL and STL
-    shape: tuple[int, ...] | None  # head_dim, warps, row blocks, keys, slots, blocks; None: no tensor-core kernel
+    shape: tuple[int, ...] | None  # head_dim, warps, row blocks, keys, slots, blocks of attend_tile
+    tile: tuple[int, str] | None = None  # key in tile_shapes; None: no tensor-core kernel
 
 
 def missing_tools() -> str | None:
@@ -101,39 +109,57 @@ def instruction_counts(cubin: Path) -> dict[str, dict[str, int]]:
 
 
 def kernels(architecture: int, head_sizes: tuple[int, ...] = HEAD_SIZES) -> list[Kernel]:
-    """All kernels of an architecture."""
+    """All kernels of an architecture; of those that are made for head sizes, these."""
+    sources = [f"attention_{head_dim}.cu" for head_dim in head_sizes]
+    sources += dict.fromkeys(f"linear_{LINEAR_SOURCES[head_dim]}.cu" for head_dim in head_sizes)
+    found = [kernel for source in sources for kernel in kernels_of(source, architecture)]
+    found = [kernel for kernel in found if kernel.tile is None or kernel.tile[0] in head_sizes]
+    return found + [
+        kernel
+        for source in ("sparse_attention.cu", "linear_attention.cu")
+        for kernel in kernels_of(source, architecture)
+    ]
+
+
+def kernels_of(source: str, architecture: int) -> list[Kernel]:
+    """The kernels of one source file."""
     found = []
-    for source in (*(f"attention_{head_dim}.cu" for head_dim in head_sizes), "sparse_attention.cu"):
-        cubin, said = compiled(source, architecture)
-        counts = instruction_counts(cubin)
-        for part in said.split("Compiling entry function '")[1:]:
-            symbol = part[: part.index("'")]
-            words = counts.get(symbol, {})
-            tile, other = TILE_KERNEL.search(symbol), OTHER_KERNEL.search(symbol)
-            if tile is not None:
-                shape = tuple(int(size) for size in tile.groups()[1:])
-                name = f"attend_tile {shape[0]} {'few' if shape[1] == 1 else 'usual'}"
-                number = tile[1]
-            elif other is not None:
-                shape, name = None, other[1]
-                number = next((word for word in ("BFloat16", "Half") if word in other[2]), "float")
-            else:
-                raise RuntimeError(f"{symbol} is not in the table")
-            found.append(
-                Kernel(
-                    name,
-                    number,
-                    architecture,
-                    registers=first_number(r"Used (\d+) registers", part),
-                    spill_bytes=first_number(r"(\d+) bytes spill stores", part),
-                    stack_bytes=first_number(r"(\d+) bytes stack frame", part),
-                    instructions=sum(words.values()),
-                    tensor_core=words.get("HMMA", 0),
-                    local_memory=words.get("LDL", 0) + words.get("STL", 0),
-                    shape=shape,
-                )
+    cubin, said = compiled(source, architecture)
+    counts = instruction_counts(cubin)
+    for part in said.split("Compiling entry function '")[1:]:
+        symbol = part[: part.index("'")]
+        words = counts.get(symbol, {})
+        name, number, shape, tile = identified(symbol)
+        found.append(
+            Kernel(
+                name,
+                number,
+                architecture,
+                registers=first_number(r"Used (\d+) registers", part),
+                spill_bytes=first_number(r"(\d+) bytes spill stores", part),
+                stack_bytes=first_number(r"(\d+) bytes stack frame", part),
+                instructions=sum(words.values()),
+                tensor_core=words.get("HMMA", 0),
+                local_memory=words.get("LDL", 0) + words.get("STL", 0),
+                shape=shape,
+                tile=tile,
             )
+        )
     return found
+
+
+def identified(symbol: str) -> tuple[str, str, tuple[int, ...] | None, tuple[int, str] | None]:
+    """Name, type of numbers, shape and tile of a kernel, by its mangled name."""
+    if (found := TILE_KERNEL.search(symbol)) is not None:
+        shape = tuple(int(size) for size in found.groups()[1:])
+        variant = "few" if shape[1] == 1 else "usual"
+        return f"attend_tile {shape[0]} {variant}", found[1], shape, (shape[0], variant)
+    if (found := LINEAR_KERNEL.search(symbol)) is not None:
+        return f"attend_linear {found[2]}", found[1], None, (int(found[2]), "linear")
+    if (found := OTHER_KERNEL.search(symbol)) is not None:
+        number = next((word for word in ("BFloat16", "Half") if word in found[2]), "float")
+        return found[1], number, None, SUMS if found[1] == "sum_keys" else None
+    raise RuntimeError(f"{symbol} is not in the table")
 
 
 def first_number(pattern: str, text: str) -> int:
@@ -152,7 +178,7 @@ def program(name: str) -> Path:
     if name == "effc_cuda_count":
         cuda = PLUGINS / "cuda"
         sources = [cuda / "emulator" / f for f in ("count_work.cpp", "scheduler.cpp", "warp_work.cpp")]
-        sources += [cuda / "schedule.cpp", PLUGINS / "pattern" / "parse.cpp"]
+        sources += [cuda / "schedule.cpp", cuda / "linear_schedule.cpp", PLUGINS / "pattern" / "parse.cpp"]
         run("g++", "-std=c++17", "-O1", "-march=native", f"-I{PLUGINS}", *sources, "-o", path)
     else:
         # By nvcc, which knows where the toolkit's headers are.

@@ -3,10 +3,12 @@
     python benchmarks/cuda_device.py                        # builds the kernels for this device first
     python benchmarks/cuda_device.py --pattern "local:512|sinks:4" --causal --heads 32 --kv-heads 8 --head-dim 128
     python benchmarks/cuda_device.py --decode --kv-len 8192
+    python benchmarks/cuda_device.py --linear elu --causal  # linear attention, in place of a pattern
 
 Every problem is checked first, against the float64 definition on small sizes and against SDPA with a mask on the sizes
 that are timed; a wrong result ends the run. Then both take turns, so that clocks and temperature are the same for
-both; printed are the median and the fastest of all rounds. Dense SDPA does more work than a sparse kernel: the times
+both; printed are the median and the fastest of all rounds. Linear attention is checked against its own definition, and
+dense SDPA stands beside it as what a user would replace. Dense SDPA does more work than a sparse kernel: the times
 are what a user would see, and the share of visible pairs stands beside them. Without a device it says so and measures
 nothing.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from effc.plugins.forms.linear import Linear
 from effc.plugins.forms.registry import parse_pattern
 from effc.plugins.reference import attend
 
@@ -56,6 +59,7 @@ def build_library() -> ctypes.CDLL:
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     library = ctypes.CDLL(str(folder / "libeffc_cuda_c.so"))
     library.effc_cuda_sparse_attention.restype = ctypes.c_char_p
+    library.effc_cuda_linear_attention.restype = ctypes.c_char_p
     return library
 
 
@@ -66,6 +70,7 @@ class Attention:
         self, library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_len: int, dtype: torch.dtype
     ):
         self.library, self.pattern, self.causal = library, arguments.pattern, arguments.causal
+        self.map = None if arguments.linear is None else Linear(arguments.linear)
         self.batch, self.heads, self.kv_heads = arguments.batch, arguments.heads, arguments.kv_heads
         self.head_dim, self.q_len, self.kv_len, self.dtype = arguments.head_dim, q_len, kv_len, dtype
         generator = torch.Generator("cuda").manual_seed(0)
@@ -80,12 +85,37 @@ class Attention:
             normal(kv_len, self.kv_heads),
         )
         self.output = torch.empty_like(self.query)
-        self.workspace = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+        # A causal state of 256 keys at a time, kept twice: sums and means.
+        states = self.batch * self.kv_heads * (kv_len // 256 + 2) * self.head_dim * (self.head_dim + 1)
+        room = (64 << 20) + (0 if self.map is None else 8 * states)
+        self.workspace = torch.empty(room, dtype=torch.uint8, device="cuda")
 
     def split(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
         return tensor.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
     def ours(self) -> torch.Tensor:
+        return self.sparse() if self.map is None else self.linear()
+
+    def linear(self) -> torch.Tensor:
+        assert self.map is not None
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (self.query, self.key, self.value, self.output)]
+        sizes = (self.workspace.numel(), self.batch, self.q_len, self.kv_len)
+        problem = self.library.effc_cuda_linear_attention(
+            *pointers,
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+            ctypes.c_void_p(self.workspace.data_ptr()),
+            *(ctypes.c_int64(size) for size in (*sizes, self.heads, self.kv_heads, self.head_dim)),
+            ctypes.c_int(NUMBERS[self.dtype]),
+            ctypes.c_int(self.map.map == "relu"),
+            ctypes.c_int(self.causal),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+        if problem is not None:
+            raise SystemExit(f"The kernel refuses: {problem.decode()}")
+        return self.output
+
+    def sparse(self) -> torch.Tensor:
         pointers = (self.query, self.key, self.value, self.output, self.workspace)
         problem = self.library.effc_cuda_sparse_attention(
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers),
@@ -120,7 +150,7 @@ class Attention:
     def definition(self) -> torch.Tensor:
         """In float64 on the CPU."""
         found = attend(
-            parse_pattern(self.pattern),
+            self.map or parse_pattern(self.pattern),
             self.split(self.query, self.heads).double().cpu(),
             self.split(self.key, self.kv_heads).double().cpu(),
             self.split(self.value, self.kv_heads).double().cpu(),
@@ -153,9 +183,12 @@ def measure(library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_
     small = Attention(library, arguments, min(q_len, 300), min(kv_len, 300), dtype)
     definition_error = small.check(small.definition())
     problem = Attention(library, arguments, q_len, kv_len, dtype)
-    mask = problem.mask()
-    error, share = problem.check(problem.dense(mask)), mask.float().mean().item()
-    del mask
+    if problem.map is not None:
+        error, share = problem.check(problem.definition()), 1.0
+    else:
+        mask = problem.mask()
+        error, share = problem.check(problem.dense(mask)), mask.float().mean().item()
+        del mask
     for _ in range(WARM_UP):
         problem.ours(), problem.dense()
     times: dict[str, list[float]] = {"effc": [], "sdpa": []}
@@ -174,6 +207,7 @@ def measure(library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="local:256")
+    parser.add_argument("--linear", choices=["elu", "relu"], help="linear attention with this feature map")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--batch", type=int, default=1)
@@ -190,7 +224,8 @@ def main() -> None:
         print(f"No device: {reason}. Nothing was measured.")
         return
     library = build_library()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.pattern}")
+    form = arguments.pattern if arguments.linear is None else f"linear:{arguments.linear}"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {form}")
     if arguments.decode:
         arguments.causal = True
         measure(library, arguments, 1, arguments.kv_len)

@@ -46,6 +46,12 @@ PROBLEMS = [
     ("prefill, 8k", "local:512|sinks:4", True, (1, 8192, 8192, 32, 8, 128)),
     ("decode, 8k", "local:512|sinks:4", True, (1, 1, 8192, 32, 8, 128)),
 ]
+# Name, causal, sizes as above.
+LINEAR_PROBLEMS = [
+    ("encoder, 512", False, (8, 512, 512, 12, 12, 64)),
+    ("encoder, 16k", False, (1, 16384, 16384, 12, 12, 64)),
+    ("prefill, 8k", True, (1, 8192, 8192, 32, 8, 128)),
+]
 
 
 def compiled_table(architectures: list[int], head_sizes: tuple[int, ...]) -> None:
@@ -54,9 +60,8 @@ def compiled_table(architectures: list[int], head_sizes: tuple[int, ...]) -> Non
     for architecture in architectures:
         for kernel in cuda_build.kernels(architecture, head_sizes):
             threads, shared = 128, 0
-            if kernel.shape is not None:
-                variant = "few" if kernel.shape[1] == 1 else "usual"
-                tile = cuda_build.tile_shapes()[kernel.shape[0], variant]
+            if kernel.tile is not None:
+                tile = cuda_build.tile_shapes()[kernel.tile]
                 threads, shared = tile["threads"], tile["shared_bytes"]
             blocks = cuda_build.blocks_per_multiprocessor(architecture, kernel.registers, threads, shared)
             row = (
@@ -71,6 +76,17 @@ def compiled_table(architectures: list[int], head_sizes: tuple[int, ...]) -> Non
                 blocks * threads // 32,
             )
             print(f"{kernel.name:22}" + "".join(f"{word!s:>12}" for word in row), flush=True)
+
+
+def linear_table() -> None:
+    columns = ("sum tiles", "state tiles", "pair tiles", "mma", "of dense", "workspace")
+    print(f"{'linear attention':22}" + "".join(f"{word:>14}" for word in columns))
+    for name, causal, sizes in LINEAR_PROBLEMS:
+        ours = cuda_build.work("linear", causal, sizes)
+        dense = cuda_build.work("dense", causal, sizes)
+        row = [ours[key] for key in ("sum_tiles", "state_tiles", "pair_tiles", "matrix_products")]
+        share = f"{ours['matrix_products'] / dense['matrix_products']:.1%}"
+        print(f"{name:22}" + "".join(f"{word!s:>14}" for word in (*row, share, ours["workspace_bytes"])))
 
 
 def work_table() -> None:
@@ -116,6 +132,8 @@ def main() -> None:
         compiled_table(arguments.architectures, tuple(arguments.head_sizes))
         print()
     work_table()
+    print()
+    linear_table()
     print()
     floor_table()
 

@@ -72,7 +72,8 @@ def calibration(source: SourceModel) -> list[dict[str, np.ndarray]]:
 
 def rows_of(name: str, path: Path, options: argparse.Namespace) -> None:
     """Build and print all engines of one model."""
-    base = build_recipe({"model": str(path), "attention": options.attention})
+    form = {"pattern": options.attention, "force": True}
+    base = build_recipe({"model": str(path), "attention": form})
     source = load(locate(base.model))
     layers = rewrite(source, base.attention).layers
     exported, _ = exported_graph(source, layers)
@@ -86,7 +87,7 @@ def rows_of(name: str, path: Path, options: argparse.Namespace) -> None:
             recipe = build_recipe(
                 {
                     "model": str(path),
-                    "attention": options.attention,
+                    "attention": form,
                     "target": "tensorrt_rtx",
                     "quantization": mode,
                     "engine": {"arch": arch, "shapes": options.shapes, "plugin": plugin == "yes"},

@@ -146,7 +146,7 @@ def main() -> None:
 @click.option("--quant-weights", help="How int4-weights and int8-weights round: rtn, awq or gptq.")
 @click.option("--quant-exclude", multiple=True, help="Glob of layers that stay in fp32; repeatable.")
 @click.option("--calibration", type=click.Path(), help="Text, .jsonl, .csv or hf:NAME for quantization and pruning.")
-@click.option("--target", help="What the artifact runs on: onnxruntime, tensorrt_rtx or tensorrt.")
+@click.option("--target", help="What the artifact runs on: onnxruntime, tensorrt_rtx, tensorrt or torch_tensorrt.")
 @click.option("--arch", help="GPUs to build engines for, e.g. sm_89,sm_120; this machine's when not given.")
 @click.option("--shapes", help="Shapes to tune engines for, e.g. 1x128,4x1024,8x4096: batch x length.")
 @click.option("--engine-precision", help="What an engine computes in besides INT8 and FP8: fp16, bf16 or fp32.")
@@ -579,7 +579,7 @@ def _serving_options(command: Command) -> Command:
         click.option("--max-batch", type=int, default=8, show_default=True, help="Rows of one run, or texts at once."),
         click.option("--instances", default="auto", show_default=True, help="Copies: cpu:2, gpu, gpu:0,1."),
         click.option("--batch-delay-us", type=int, default=500, show_default=True, help="Wait for others that long."),
-        click.option("--backend", default="python", show_default=True, help="Who runs the graph: python, onnxruntime."),
+        click.option("--backend", default="auto", show_default=True, help="python, onnxruntime, or tensorrt: engines."),
         click.option("--threads", type=int, help="Computing threads of one instance; its share of the cores else."),
         click.option("--response-cache", is_flag=True, help="Let the server answer repeated requests from its cache."),
         click.option("--max-length", type=int, help="Tokens of a text; what the model takes when not given."),

@@ -81,6 +81,30 @@ def test_biases_by_distance_are_added(form, causal):
     np.testing.assert_allclose(found[rows], wanted[rows], atol=5e-5)
 
 
+@pytest.mark.parametrize("form, padding", [("linear:elu", "left"), ("linear:relu", "none")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_written_out_linear_attention_is_the_reference(form, causal, padding):
+    case = geometry(form, causal)
+    queries = 7 if causal else 70
+    feed = random_inputs(case, 2, queries, 70, seed=5, padding=padding)
+    graph = lowered(one_node_model(case, padding != "none"), plugin=False, past=True)
+    assert not graph.functions and all(node.domain == "" for node in graph.graph.all_nodes())
+    assert "model.layer" in {node.name for node in graph.graph}, "the build log speaks of layers by their nodes"
+    np.testing.assert_allclose(run(graph, feed), expected(case, feed), atol=2e-5)
+
+
+def test_linear_attention_becomes_a_plugin_node():
+    model = one_node_model(geometry("linear:elu", True), True)
+    graph = ir.serde.deserialize_model(model)
+    graph.graph[0].name = "model.layer"
+    to_half(graph, ir.DataType.FLOAT16)
+    done = lower_attention(graph, True)
+    node = next(node for node in graph.graph if node.op_type == "LinearAttention")
+    assert [value.dtype for value in node.inputs[:3]] == [ir.DataType.FLOAT16] * 3, "which tensor cores take"
+    assert done.plugins == {"model.layer": "LinearAttention"}
+    assert node.attributes["inputs"].as_string() == "key_mask"
+
+
 def test_marked_tokens_see_and_are_seen():
     case = geometry("global:#101|local:4", False)
     feed = random_inputs(case, 2, 30, 30, seed=4, padding="right")
@@ -115,7 +139,7 @@ def test_dense_layers_are_left_to_tensorrt():
     graph = ir.serde.deserialize_model(one_node_model(geometry("dense", False), True))
     graph.graph[0].name = "encoder.layer.0"
     done = lower_attention(graph, True)
-    assert done.plugins == [] and done.written_out == ["encoder.layer.0"]
+    assert done.plugins == {} and done.written_out == ["encoder.layer.0"]
     assert [node.name for node in graph.graph if node.op_type == "Attention"] == ["encoder.layer.0"]
 
 

@@ -39,10 +39,10 @@ import importlib, json, sys
 trt = importlib.import_module(sys.argv[1]); library = sys.argv[2]
 registry = trt.get_plugin_registry()
 registry.load_library(library)
-creator = registry.get_creator("SparseAttention", "1", "effc")
-assert creator is not None, "there is no creator"
 import numpy as np
-def make(**changes):
+def make(operator="SparseAttention", **changes):
+    creator = registry.get_creator(operator, "1", "effc")
+    assert creator is not None, "there is no creator"
     values = {"pattern": "local:64", "inputs": "key_mask", "causal": 0, "num_heads": 12, "kv_num_heads": 12}
     values = {**values, "scale": 0.1, **changes}
     kinds = {str: trt.PluginFieldType.CHAR, int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
@@ -71,8 +71,12 @@ CASES = {
     "heads that do not divide": {"kv_num_heads": 5},
     "no heads": {"num_heads": None},
     "scale of another type": {"scale": 1},
+    "linear": {"operator": "LinearAttention", "pattern": "linear:relu", "causal": 1},
+    "linear without a mask": {"operator": "LinearAttention", "pattern": "linear:elu", "inputs": ""},
+    "linear that is none": {"operator": "LinearAttention", "pattern": "performer:64"},
+    "linear with biases": {"operator": "LinearAttention", "pattern": "linear:elu", "inputs": "distance_bias"},
 }
-TAKEN = {"plain", "every input", "no input", "grouped, causal, global"}
+TAKEN = {"plain", "every input", "no input", "grouped, causal, global", "linear", "linear without a mask"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,8 @@ def library(tmp_path_factory) -> Path:
     for folder in ("pattern", "tensorrt"):
         shutil.copytree(CHECKOUT / "cpp_plugins" / folder, sources / folder)
     (sources / "cuda").mkdir()
-    shutil.copy(CHECKOUT / "cpp_plugins/cuda/sparse_attention.hpp", sources / "cuda")
+    for header in ("sparse_attention.hpp", "linear_attention.hpp"):
+        shutil.copy(CHECKOUT / "cpp_plugins/cuda" / header, sources / "cuda")
     shutil.copy(CHECKOUT / "tests/native/standin_kernels.cu", sources / "cuda")
     found = tensorrt_library.find_compiler()
     compiler = tensorrt_library.PluginCompiler(found.nvcc, found.include, sources)
@@ -157,10 +162,19 @@ def test_tensorrt_10_and_11_create_the_plugin(library, version):
     assert created("tensorrt_lean", library, folder) == {name: name in TAKEN for name in CASES}
 
 
-def build(library: Path, folder: Path, half: ir.DataType | None, *, head_dim: int = 32, mask: str = "bool"):
+def build(
+    library: Path,
+    folder: Path,
+    half: ir.DataType | None,
+    *,
+    head_dim: int = 32,
+    mask: str = "bool",
+    form: str = "global:4|local:16",
+):
     """An engine of one attention layer."""
-    geometry = AttentionGeometry(parse_form("global:4|local:16"), False, 4, 2, head_dim, 0.2)
-    model = one_node_model(geometry, True, {"distance_bias": np.zeros((4, 33), np.float32)})
+    geometry = AttentionGeometry(parse_form(form), False, 4, 2, head_dim, 0.2)
+    extras = {} if form.startswith("linear") else {"distance_bias": np.zeros((4, 33), np.float32)}
+    model = one_node_model(geometry, True, extras)
     graph = ir.serde.deserialize_model(model)
     graph.graph[0].name = "encoder.layer.0.attention"
     if half is not None:
@@ -196,6 +210,16 @@ def test_an_engine_holds_the_plugin_in_every_precision(library, tmp_path, half):
     built = build(library, tmp_path, half)
     assert serve(built.layers, ["encoder.layer.0.attention"], {}).attention == {"encoder.layer.0.attention": PLUGIN}
     assert (tmp_path / "plan").stat().st_size > 1000
+
+
+def test_an_engine_holds_linear_attention(library, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    name = "encoder.layer.0.attention"
+    built = build(library, tmp_path, ir.DataType.FLOAT16, form="linear:elu")
+    served = serve(built.layers, [name], {}, {name: "LinearAttention"})
+    assert served.attention == {name: "plugin effc::LinearAttention"}
+    with pytest.raises(PassFailedError, match=r"effc::LinearAttention 'encoder.layer.0.attention': .*head_dim"):
+        build(library, tmp_path, ir.DataType.FLOAT16, form="linear:elu", head_dim=512)
 
 
 def test_what_the_plugin_refuses_reaches_the_user(library, tmp_path):

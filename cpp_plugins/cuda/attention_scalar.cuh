@@ -58,7 +58,7 @@ attend_rows(EFFC_CONSTANT Call call) {
   float largest = -INFINITY, sum = 0.0f;
 
   KeyTileWalk walk =
-      walk_key_tiles(problem.pattern, scope, {row.position, row.position + 1}, keys_of_split(call.schedule, tile));
+      walk_key_tiles(problem, scope, tile, {row.position, row.position + 1}, keys_of_split(call.schedule, tile));
   for (;;) {
     const VisitedTile visited = next_tile<kScalarKeys>(walk, problem.pattern, scope, key_mask);
     if (is_empty(visited.keys)) break;

@@ -19,11 +19,11 @@ EFFC_DEVICE void compute_tiles(const Call& call, SharedTiles<T, Shape>& shared) 
   WarpTile<T, Shape> warp;
   synchronise_block();
   begin_warp_tile(shared.tile, warp);
-  if (Shape::kQueriesInRegisters) load_all_queries(shared, warp);
+  if (Shape::kQueriesInRegisters) load_all_queries(shared.queries, warp);
   for (int slot = 0; shared.slots[slot].facts.keys > 0; slot = slot + 1 == Shape::kSlots ? 0 : slot + 1) {
     const auto& current = shared.slots[slot];
     const TileFacts facts = current.facts;
-    multiply_keys(shared, current.keys, warp);
+    multiply_keys(shared.queries, current.keys, warp);
     if (biased) add_distance_bias(problem, shared.tile, facts.first_key, warp);
     if (!facts.whole) hide_unseen(current.seen, warp);
     do_softmax(factor, warp);

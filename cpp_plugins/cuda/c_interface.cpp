@@ -1,14 +1,36 @@
-// Sparse attention for callers without C++: benchmarks/cuda_device.py through ctypes.
+// The kernels for callers without C++: benchmarks/cuda_device.py through ctypes.
 #include <string>
 
-#include "cuda/sparse_attention.hpp"
+#include "cuda/linear_attention.hpp"
 #include "pattern/parse.hpp"
 
+#define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// The build is for the device at hand, whatever that is; launch fails on an older one.
+constexpr int kOldestCapability = 80;
+
+// Null if the work is queued, else what is wrong, valid until the next call.
+template <class Problem>
+const char* queue(const Problem& problem, void* workspace, int64_t workspace_bytes, void* stream) {
+  static std::string message;
+  if (const char* refusal = effc::cuda::refusal(problem, kOldestCapability)) return refusal;
+  if (effc::cuda::workspace_bytes(problem) > static_cast<size_t>(workspace_bytes)) return "the workspace is too small.";
+  const int error = effc::cuda::launch(problem, workspace, stream);
+  if (error == 0) return nullptr;
+  message = "CUDA error " + std::to_string(error);
+  return message.c_str();
+}
+
+}  // namespace
+
 // Tensors without mask, marks and biases. Null if the work is queued, else what is wrong, valid until the next call.
-extern "C" __attribute__((visibility("default"))) const char* effc_cuda_sparse_attention(
-    const void* query, const void* key, const void* value, void* output, void* workspace, int64_t workspace_bytes,
-    int64_t batch, int64_t q_len, int64_t kv_len, int64_t num_heads, int64_t kv_num_heads, int64_t head_dim,
-    float scale, int number, const char* pattern, int causal, void* stream) {
+EFFC_EXPORT const char* effc_cuda_sparse_attention(const void* query, const void* key, const void* value, void* output,
+                                                   void* workspace, int64_t workspace_bytes, int64_t batch,
+                                                   int64_t q_len, int64_t kv_len, int64_t num_heads,
+                                                   int64_t kv_num_heads, int64_t head_dim, float scale, int number,
+                                                   const char* pattern, int causal, void* stream) {
   static std::string message;
   effc::cuda::SparseAttention problem{};
   message = effc::parse_pattern(pattern, causal != 0, problem.pattern);
@@ -25,12 +47,34 @@ extern "C" __attribute__((visibility("default"))) const char* effc_cuda_sparse_a
   problem.head_dim = head_dim;
   problem.scale = scale;
   problem.number = static_cast<effc::cuda::Number>(number);
-  // The build is for the device at hand, whatever that is; launch fails on an older one.
-  constexpr int kOldestCapability = 80;
-  if (const char* refusal = effc::cuda::refusal(problem, kOldestCapability)) return refusal;
-  if (effc::cuda::workspace_bytes(problem) > static_cast<size_t>(workspace_bytes)) return "the workspace is too small.";
-  const int error = effc::cuda::launch(problem, workspace, stream);
-  if (error == 0) return nullptr;
-  message = "CUDA error " + std::to_string(error);
-  return message.c_str();
+  return queue(problem, workspace, workspace_bytes, stream);
+}
+
+// Linear attention, `map` 0 for elu and 1 for relu. `past` and `present` hold a state and behind it its normaliser, or
+// are null.
+EFFC_EXPORT const char* effc_cuda_linear_attention(const void* query, const void* key, const void* value, void* output,
+                                                   const float* past, float* present, void* workspace,
+                                                   int64_t workspace_bytes, int64_t batch, int64_t q_len,
+                                                   int64_t kv_len, int64_t num_heads, int64_t kv_num_heads,
+                                                   int64_t head_dim, int number, int map, int causal, void* stream) {
+  const int64_t state_size = batch * kv_num_heads * head_dim * head_dim;
+  effc::cuda::LinearAttention problem{};
+  problem.query = query;
+  problem.key = key;
+  problem.value = value;
+  problem.output = output;
+  problem.past_state = past;
+  problem.past_normaliser = past == nullptr ? nullptr : past + state_size;
+  problem.present_state = present;
+  problem.present_normaliser = present == nullptr ? nullptr : present + state_size;
+  problem.batch = batch;
+  problem.q_len = q_len;
+  problem.kv_len = kv_len;
+  problem.num_heads = num_heads;
+  problem.kv_num_heads = kv_num_heads;
+  problem.head_dim = head_dim;
+  problem.map = static_cast<effc::cuda::FeatureMap>(map);
+  problem.causal = causal != 0;
+  problem.number = static_cast<effc::cuda::Number>(number);
+  return queue(problem, workspace, workspace_bytes, stream);
 }

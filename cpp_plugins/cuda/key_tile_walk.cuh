@@ -23,6 +23,9 @@ struct KeyTileWalk {
   const uint8_t* marks;
   Position next_mark;  // no key before it is marked that is not in a run
   Position end;
+  const int32_t* blocks;  // the rest of a list of blocks, which takes the iterator's place, or null
+  int32_t blocks_left;
+  Position block_size;
 };
 
 // The first marked key of `range`, or its end. A lane looks at eight keys at a time.
@@ -55,7 +58,8 @@ EFFC_DEVICE bool asks_for_marks(const Pattern& pattern) {
 }
 
 EFFC_DEVICE KeyTileWalk walk_key_tiles(const Pattern& pattern, const Scope& scope, Range queries, Range keys) {
-  KeyTileWalk walk = {scope, key_tiles(pattern, queries, keys, kMaxLength), {0, 0}, {0, 0}, nullptr, 0, 0};
+  KeyTileWalk walk = {scope, key_tiles(pattern, queries, keys, kMaxLength), {0, 0}, {0, 0}, nullptr, 0, 0, nullptr, 0,
+                      0};
   walk.end = walk.runs.left.end;
   walk.next_mark = walk.end;
   if (scope.marks == nullptr || !asks_for_marks(pattern)) return walk;
@@ -64,6 +68,35 @@ EFFC_DEVICE KeyTileWalk walk_key_tiles(const Pattern& pattern, const Scope& scop
   walk.marks = scope.marks;
   walk.next_mark = first_marked(scope.marks, {keys.begin, walk.end});
   return walk;
+}
+
+// The same for queries at `position` and its neighbours, of a problem whose keys may be chosen by content.
+EFFC_DEVICE KeyTileWalk walk_key_tiles(const SparseAttention& problem, const Scope& scope, const QueryTile& tile,
+                                       Range queries, Range keys) {
+  KeyTileWalk walk = walk_key_tiles(problem.pattern, scope, queries, keys);
+  walk.blocks = key_blocks_of(problem, tile, queries.begin);
+  if (walk.blocks == nullptr) return walk;
+  walk.blocks_left = problem.key_block_count;
+  walk.block_size = problem.block_size;
+  walk.next_mark = walk.end;
+  return walk;
+}
+
+// What is left of the next block of the list, or nothing.
+EFFC_DEVICE Range next_block(KeyTileWalk& walk) {
+  EFFC_ROLLED
+  for (; walk.blocks_left > 0; --walk.blocks_left) {
+    const int32_t number = *walk.blocks++;
+    if (number < 0 || number > (walk.end - 1) / walk.block_size) {
+      walk.blocks_left = 0;
+      break;
+    }
+    const Range block = clip({number * walk.block_size, (number + 1) * walk.block_size}, walk.runs.left);
+    if (is_empty(block)) continue;
+    --walk.blocks_left;
+    return block;
+  }
+  return {0, 0};
 }
 
 // One bit for each of up to 64 keys. `key_mask` is that of the batch entry, or null.
@@ -80,6 +113,10 @@ EFFC_DEVICE uint64_t attendable_keys(const uint8_t* key_mask, Range keys) {
 template <int keys_per_tile>
 EFFC_DEVICE bool find_run(KeyTileWalk& walk, const Pattern& pattern) {
   if (!is_empty(walk.run)) return true;
+  if (walk.blocks != nullptr) {
+    walk.run = next_block(walk);
+    return !is_empty(walk.run);
+  }
   if (is_empty(walk.upcoming)) {
     walk.upcoming = next_range(walk.runs, pattern, walk.scope);
     walk.runs.left.begin = walk.runs.seen_until = walk.upcoming.end;

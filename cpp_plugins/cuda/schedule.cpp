@@ -48,6 +48,12 @@ void split_keys(const SparseAttention& problem, TileSize size, int64_t most_spli
   }
 }
 
+// Whether one tile of all queries would have several lists of blocks.
+bool straddles_blocks(const SparseAttention& problem) {
+  if (problem.key_block_count == 0) return false;
+  return (problem.kv_len - problem.q_len) % problem.block_size + problem.q_len > problem.block_size;
+}
+
 }  // namespace
 
 Schedule schedule_for(const SparseAttention& problem, TileSize size, int multiprocessors) {
@@ -57,7 +63,14 @@ Schedule schedule_for(const SparseAttention& problem, TileSize size, int multipr
   schedule.queries_per_tile = static_cast<int32_t>(std::min<int64_t>(problem.q_len, size.rows));
   schedule.heads_per_tile = static_cast<int32_t>(std::min(group, int64_t{size.rows} / schedule.queries_per_tile));
   schedule.head_tiles = static_cast<int32_t>(problem.kv_num_heads * divide_up(group, schedule.heads_per_tile));
-  if (problem.q_len > size.rows && problem.kv_len >= problem.q_len) {
+  const bool straddles = straddles_blocks(problem);
+  if (straddles) {
+    // All queries of a tile see the same blocks of keys.
+    schedule.queries_per_tile = size.rows;
+    schedule.heads_per_tile = 1;
+    schedule.head_tiles = static_cast<int32_t>(problem.num_heads);
+  }
+  if ((problem.q_len > size.rows || straddles) && problem.kv_len >= problem.q_len) {
     schedule.first_cut = static_cast<int32_t>((problem.kv_len - problem.q_len) % size.rows);
   }
   schedule.query_tiles = static_cast<int32_t>(divide_up(problem.q_len + schedule.first_cut, schedule.queries_per_tile));

@@ -90,6 +90,16 @@ EFFC_HD QueryTile query_tile(const SparseAttention& problem, const Schedule& sch
   return tile;
 }
 
+// The blocks of keys that the tile's queries see, or null. `position`: of one of them.
+EFFC_HD const int32_t* key_blocks_of(const SparseAttention& problem, const QueryTile& tile, Position position) {
+  if (problem.key_block_count == 0) return nullptr;
+  const int64_t first = (problem.kv_len - problem.q_len) / problem.block_size;
+  const int64_t blocks = (problem.kv_len - 1) / problem.block_size - first + 1;
+  const int64_t list =
+      (tile.batch_index * problem.kv_num_heads + tile.kv_head) * blocks + position / problem.block_size;
+  return problem.key_blocks + (list - first) * problem.key_block_count;
+}
+
 // The keys of the tile's split.
 EFFC_HD Range keys_of_split(const Schedule& schedule, const QueryTile& tile) {
   return {schedule.split_begin[tile.split], schedule.split_begin[tile.split + 1]};

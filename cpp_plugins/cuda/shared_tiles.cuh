@@ -63,15 +63,15 @@ struct SharedTiles {
   Slot slots[Shape::kSlots];
 };
 
-// A warp starts to copy `count` rows, the r-th from `row_address(r)`, and to fill what is left of the `rows` rows with
-// zeros.
-template <int rows, class Shape, class T, class RowAddress>
-EFFC_DEVICE void start_copying_rows(T* to, int count, int head_dim, int lane, const RowAddress& row_address) {
+// `threads` threads start to copy `count` rows, the r-th from `row_address(r)`, and to fill what is left of the `rows`
+// rows with zeros.
+template <int rows, class Shape, int threads = kWarpSize, class T, class RowAddress>
+EFFC_DEVICE void start_copying_rows(T* to, int count, int head_dim, int thread, const RowAddress& row_address) {
   using Rows = SwizzledRows<Shape::kHeadDim>;
-  static_assert(rows * Rows::kChunks % kWarpSize == 0, "every lane copies the same number of chunks");
+  static_assert(rows * Rows::kChunks % kWarpSize == 0, "every lane of a warp copies the same number of chunks");
   const T* somewhere_valid = row_address(0);
   EFFC_UNROLL_BY(8)
-  for (int n = lane; n < rows * Rows::kChunks; n += kWarpSize) {
+  for (int n = thread; n < rows * Rows::kChunks; n += threads) {
     const int row = n / Rows::kChunks, chunk = n % Rows::kChunks;
     const bool wanted = row < count && chunk * kChunk < head_dim;
     start_copy(to + Rows::at(row, chunk), wanted ? row_address(row) + chunk * kChunk : somewhere_valid, wanted);

@@ -106,6 +106,12 @@ const char* refusal(const SparseAttention& problem, int capability) {
     return "the pattern has more than 64 terms.";
   }
   if (problem.bias_reach < 0 || problem.bias_reach > kMaxLength) return "the reach of distance_bias is out of range.";
+  if (problem.key_block_count > 0) {
+    if (problem.block_size < kBlockUnit || problem.block_size % kBlockUnit != 0) {
+      return "blocks of keys that are chosen by content must hold a multiple of 64 keys.";
+    }
+    if (problem.kv_len < problem.q_len) return "there are more queries than keys, and keys are chosen by content.";
+  }
   if (problem.kv_len < problem.q_len && !knows_negative_positions(problem.pattern)) {
     return "there are more queries than keys. The queries are the last positions of the keys, so pass past and present "
            "keys together.";

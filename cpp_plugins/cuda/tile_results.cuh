@@ -5,11 +5,12 @@
 
 namespace effc::cuda {
 
-// Outputs go through shared memory, where the warp's own queries lay, so that lanes can write 16 neighbouring bytes
-// each.
-template <class T, class Shape>
-EFFC_DEVICE void write_final(const Call& call, const QueryTile& tile, SharedTiles<T, Shape>& shared,
-                             WarpTile<T, Shape>& warp) {
+// Rows of the warp, each times its `factor_of(block, half)`, go to `address_of(row)`, row being one of the tile's first
+// `count`. They pass through shared memory, where the warp's own queries lay, so that lanes can write 16 neighbouring
+// bytes each.
+template <class T, class Shape, class FactorOf, class AddressOf>
+EFFC_DEVICE void write_rows(T* queries, WarpTile<T, Shape>& warp, int count, int head_dim, const FactorOf& factor_of,
+                            const AddressOf& address_of) {
   using Rows = SwizzledRows<Shape::kHeadDim>;
   using Warp = WarpTile<T, Shape>;
   __syncwarp();
@@ -17,24 +18,32 @@ EFFC_DEVICE void write_final(const Call& call, const QueryTile& tile, SharedTile
   for (int block = 0; block < Shape::kRowBlocks; ++block) {
     EFFC_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const float factor = output_factor(warp.statistics[block][half]);
+      const float factor = factor_of(block, half);
       EFFC_UNROLL
       for (int n = 0; n < Warp::kDimBlocks; ++n) {
-        T* place = shared.queries + Rows::at(warp.row(block, half), n) + warp.lane % 4 * 2;
+        T* place = queries + Rows::at(warp.row(block, half), n) + warp.lane % 4 * 2;
         const float* pair = warp.outputs[block].at[n] + 2 * half;
         *reinterpret_cast<uint32_t*>(place) = pack<T>(pair[0] * factor, pair[1] * factor);
       }
     }
   }
   __syncwarp();
-  const int rows = smaller(tile.query_count * tile.head_count - warp.first_row, Shape::kRowBlocks * 16);
-  const int chunks = static_cast<int>(call.problem.head_dim) / kChunk;
+  const int rows = smaller(count - warp.first_row, Shape::kRowBlocks * 16);
+  const int chunks = head_dim / kChunk;
   for (int n = warp.lane; n < rows * chunks; n += kWarpSize) {
     const int r = warp.first_row + n / chunks, chunk = n % chunks;
-    T* place = static_cast<T*>(call.problem.output) + row_of(call.problem, tile, r).offset + chunk * kChunk;
-    *reinterpret_cast<ChunkOfBytes*>(place) =
-        *reinterpret_cast<const ChunkOfBytes*>(shared.queries + Rows::at(r, chunk));
+    *reinterpret_cast<ChunkOfBytes*>(address_of(r) + chunk * kChunk) =
+        *reinterpret_cast<const ChunkOfBytes*>(queries + Rows::at(r, chunk));
   }
+}
+
+template <class T, class Shape>
+EFFC_DEVICE void write_final(const Call& call, const QueryTile& tile, SharedTiles<T, Shape>& shared,
+                             WarpTile<T, Shape>& warp) {
+  write_rows(
+      shared.queries, warp, tile.query_count * tile.head_count, static_cast<int>(call.problem.head_dim),
+      [&](int block, int half) { return output_factor(warp.statistics[block][half]); },
+      [&](int r) { return static_cast<T*>(call.problem.output) + row_of(call.problem, tile, r).offset; });
 }
 
 // The outputs of one split, in fp32 for the merge.

@@ -22,8 +22,8 @@ struct TileShape {
   static constexpr int kSlots = slots;
   static constexpr int kThreads = (warps + 1) * 32;  // one warp supplies the others
   static constexpr int kRows = warps * row_blocks * 16;
-  // Blocks that registers are to be left for; bounds what a thread may take. Some architectures' code takes a few more
-  // registers than three blocks leave, and would spill.
+  // Blocks that registers are to be left for; bounds what a thread may take. Some architectures' code takes more
+  // registers than three blocks leave, and would spill; if it does with two as well, one has to do.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   static constexpr bool kWouldSpill = head_dim == 64;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
@@ -31,7 +31,7 @@ struct TileShape {
 #else
   static constexpr bool kWouldSpill = false;
 #endif
-  static constexpr int kBlocksPerMultiprocessor = kWouldSpill ? 1 : blocks_per_multiprocessor;
+  static constexpr int kBlocksPerMultiprocessor = kWouldSpill ? (head_dim <= 80 ? 2 : 1) : blocks_per_multiprocessor;
   // 32 queries share a word that says which of them see a key.
   static constexpr int kQueryWords = (kRows + 31) / 32;
   // Queries stay in registers where those suffice, and are loaded again for every tile of keys where not.

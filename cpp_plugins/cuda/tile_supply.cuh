@@ -23,7 +23,7 @@ EFFC_DEVICE Supply begin_supply(const Call& call, const QueryTile& tile) {
   const uint8_t* marks = problem.marks == nullptr ? nullptr : problem.marks + first_of_batch;
   const Scope scope = {static_cast<Position>(problem.kv_len), marks};
   return {problem, tile, scope, key_mask,
-          walk_key_tiles(problem.pattern, scope, tile.positions, keys_of_split(call.schedule, tile))};
+          walk_key_tiles(problem, scope, tile, tile.positions, keys_of_split(call.schedule, tile))};
 }
 
 // Starts to bring the next tile to `slot`, as a group of copies that may be empty.

@@ -44,29 +44,29 @@ EFFC_DEVICE void begin_warp_tile(const QueryTile& tile, WarpTile<T, Shape>& warp
   }
 }
 
-// Queries [16][16] of row block `block`, at step `step` along the head.
+// Queries [16][16] of row block `block`, at step `step` along the head. `rows` are all queries, in shared memory.
 template <class T, class Shape>
-EFFC_DEVICE void load_queries(const SharedTiles<T, Shape>& shared, const WarpTile<T, Shape>& warp, int block, int step,
+EFFC_DEVICE void load_queries(const T* rows, const WarpTile<T, Shape>& warp, int block, int step,
                               uint32_t (&queries)[4]) {
   using Rows = SwizzledRows<Shape::kHeadDim>;
   const auto places = Rows::places(warp.first_row + warp.lane % 16, warp.lane / 16);
-  load_matrices(queries, shared.queries + places.at(16 * block, step));
+  load_matrices(queries, rows + places.at(16 * block, step));
 }
 
 template <class T, class Shape>
-EFFC_DEVICE void load_all_queries(const SharedTiles<T, Shape>& shared, WarpTile<T, Shape>& warp) {
+EFFC_DEVICE void load_all_queries(const T* rows, WarpTile<T, Shape>& warp) {
   EFFC_UNROLL
   for (int block = 0; block < Shape::kRowBlocks; ++block) {
     EFFC_UNROLL
     for (int step = 0; step < WarpTile<T, Shape>::kKeptSteps; ++step) {
-      load_queries(shared, warp, block, step, warp.queries[block][step]);
+      load_queries(rows, warp, block, step, warp.queries[block][step]);
     }
   }
 }
 
 // scores = queries * keys^T
 template <class T, class Shape>
-EFFC_DEVICE void multiply_keys(const SharedTiles<T, Shape>& shared, const T* keys, WarpTile<T, Shape>& warp) {
+EFFC_DEVICE void multiply_keys(const T* rows, const T* keys, WarpTile<T, Shape>& warp) {
   using Rows = SwizzledRows<Shape::kHeadDim>;
   using Warp = WarpTile<T, Shape>;
   // Of 16 keys, matrices 0 and 1 are the two halves of a step for the first eight, 2 and 3 for the others.
@@ -79,7 +79,7 @@ EFFC_DEVICE void multiply_keys(const SharedTiles<T, Shape>& shared, const T* key
     if (!Shape::kQueriesInRegisters) {
       EFFC_UNROLL
       for (int block = 0; block < Shape::kRowBlocks; ++block) {
-        load_queries(shared, warp, block, step, warp.queries[block][0]);
+        load_queries(rows, warp, block, step, warp.queries[block][0]);
       }
     }
     EFFC_UNROLL

@@ -51,9 +51,10 @@ std::string place_inputs(Attributes& attributes) {
   std::stringstream names(attributes.inputs);
   int32_t last = -1;
   for (std::string name; std::getline(names, name, ',');) {
+    const int32_t known = attributes.op == Operator::kLinearAttention ? kLinearOptionalCount : kOptionalCount;
     int32_t which = 0;
-    while (which < kOptionalCount && name != kOptionalNames[which]) ++which;
-    if (which == kOptionalCount) return "it knows no input '" + name + "'.";
+    while (which < known && name != kOptionalNames[which]) ++which;
+    if (which == known) return "it knows no input '" + name + "'.";
     if (which <= last) return "its inputs '" + attributes.inputs + "' are not in the operator's order.";
     attributes.places[which] = attributes.input_count++;
     last = which;
@@ -61,8 +62,22 @@ std::string place_inputs(Attributes& attributes) {
   return "";
 }
 
+std::string read_form(Attributes& attributes) {
+  if (attributes.op == Operator::kSparseAttention) {
+    return parse_pattern(attributes.pattern, attributes.causal != 0, attributes.parsed);
+  }
+  if (attributes.pattern == "linear" || attributes.pattern == "linear:elu") {
+    attributes.map = cuda::FeatureMap::kElu;
+  } else if (attributes.pattern == "linear:relu") {
+    attributes.map = cuda::FeatureMap::kRelu;
+  } else {
+    return "it knows no linear attention '" + attributes.pattern + "', only linear:elu and linear:relu.";
+  }
+  return "";
+}
+
 std::string check(Attributes& attributes) {
-  const std::string problem = parse_pattern(attributes.pattern, attributes.causal != 0, attributes.parsed);
+  const std::string problem = read_form(attributes);
   if (!problem.empty()) return problem;
   if (attributes.num_heads < 1 || attributes.kv_num_heads < 1 ||
       attributes.num_heads % attributes.kv_num_heads != 0) {
@@ -74,6 +89,10 @@ std::string check(Attributes& attributes) {
 }
 
 }  // namespace
+
+const char* name_of(Operator op) {
+  return op == Operator::kLinearAttention ? "LinearAttention" : "SparseAttention";
+}
 
 std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attributes& attributes) {
   for (int32_t index = 0; index < fields.nbFields; ++index) {

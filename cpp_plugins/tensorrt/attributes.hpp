@@ -1,4 +1,5 @@
-// What a node of effc::SparseAttention says of itself, as ONNX attributes and as the fields that a plan keeps.
+// What a node of effc::SparseAttention or effc::LinearAttention says of itself, as ONNX attributes and as the fields
+// that a plan keeps.
 #pragma once
 
 #include <array>
@@ -6,7 +7,7 @@
 #include <string>
 
 #include "NvInfer.h"
-#include "cuda/sparse_attention.hpp"
+#include "cuda/linear_attention.hpp"
 
 namespace effc::trt {
 
@@ -15,10 +16,16 @@ namespace effc::trt {
 enum Optional : int32_t { kKeyMask, kMarks, kDistanceBias, kDistanceSlope, kOptionalCount };
 constexpr std::array<const char*, kOptionalCount> kOptionalNames = {"key_mask", "marks", "distance_bias",
                                                                      "distance_slope"};
+// Of those LinearAttention has the first.
+constexpr int32_t kLinearOptionalCount = 1;
 constexpr int32_t kRequired = 3;
 constexpr int32_t kAbsent = -1;
 
+enum class Operator : int32_t { kSparseAttention, kLinearAttention };
+const char* name_of(Operator op);
+
 struct Attributes {
+  Operator op = Operator::kSparseAttention;
   std::string pattern;
   std::string inputs = "key_mask";  // comma-separated names out of kOptionalNames, in that order
   int32_t causal = 0;
@@ -27,12 +34,13 @@ struct Attributes {
   float scale = 0;
 
   // Found from the above.
-  Pattern parsed{};
+  Pattern parsed{};                                 // of kSparseAttention
+  cuda::FeatureMap map = cuda::FeatureMap::kElu;    // of kLinearAttention
   std::array<int32_t, kOptionalCount> places{};  // index among the plugin's inputs, or kAbsent
   int32_t input_count = 0;
 };
 
-// Reads the fields of a node or of a plan and returns "", or what is wrong with them.
+// Reads the fields of a node or of a plan, whose operator `attributes.op` says, and returns "", or what is wrong.
 std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attributes& attributes);
 
 // The names of all fields, in the order in which `fields_of` fills them.

@@ -3,7 +3,7 @@
 #include <cstdio>
 
 #include "tensorrt/log.hpp"
-#include "tensorrt/sparse_attention_plugin.hpp"
+#include "tensorrt/attention_plugin.hpp"
 
 #define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -26,9 +26,10 @@ void log(Severity severity, const std::string& message) {
 }  // namespace effc::trt
 
 EFFC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static effc::trt::SparseAttentionCreator creator;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-  count = 1;
+  static effc::trt::AttentionCreator sparse(effc::trt::Operator::kSparseAttention);
+  static effc::trt::AttentionCreator linear(effc::trt::Operator::kLinearAttention);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&sparse, &linear};
+  count = 2;
   return creators;
 }
 

@@ -150,21 +150,55 @@ std::string read_problem(const Attributes& attributes, const Dims* shapes, Shape
   return check_optional(attributes, shapes, meaning, problem);
 }
 
-std::string refused(const cuda::SparseAttention& problem) {
+cuda::LinearAttention linear_problem(const Attributes& attributes, const cuda::SparseAttention& problem) {
+  cuda::LinearAttention linear{};
+  linear.query = problem.query;
+  linear.key = problem.key;
+  linear.value = problem.value;
+  linear.key_mask = problem.key_mask;
+  linear.output = problem.output;
+  linear.batch = problem.batch;
+  linear.q_len = problem.q_len;
+  linear.kv_len = problem.kv_len;
+  linear.num_heads = problem.num_heads;
+  linear.kv_num_heads = problem.kv_num_heads;
+  linear.head_dim = problem.head_dim;
+  linear.map = attributes.map;
+  linear.causal = attributes.causal != 0;
+  linear.number = problem.number;
+  return linear;
+}
+
+std::string refused(const Attributes& attributes, const cuda::SparseAttention& problem) {
+  const auto refusal_on = [&](int capability) {
+    return attributes.op == Operator::kLinearAttention ? cuda::refusal(linear_problem(attributes, problem), capability)
+                                                       : cuda::refusal(problem, capability);
+  };
   int capability = device_capability();
   if (capability == 0) {
     if (const char* target = std::getenv("EFFC_TARGET_SM")) capability = std::atoi(target);
   }
   if (capability != 0) {
-    const char* reason = cuda::refusal(problem, capability);
+    const char* reason = refusal_on(capability);
     return reason == nullptr ? "" : reason;
   }
   const char* reason = nullptr;
   for (const int other : kCapabilities) {
-    reason = cuda::refusal(problem, other);
+    reason = refusal_on(other);
     if (reason == nullptr) return "";
   }
   return reason;
+}
+
+size_t workspace_bytes(const Attributes& attributes, const cuda::SparseAttention& problem) {
+  return attributes.op == Operator::kLinearAttention ? cuda::workspace_bytes(linear_problem(attributes, problem))
+                                                     : cuda::workspace_bytes(problem);
+}
+
+int launch(const Attributes& attributes, const cuda::SparseAttention& problem, void* workspace, cudaStream_t stream) {
+  return attributes.op == Operator::kLinearAttention
+             ? cuda::launch(linear_problem(attributes, problem), workspace, stream)
+             : cuda::launch(problem, workspace, stream);
 }
 
 }  // namespace effc::trt

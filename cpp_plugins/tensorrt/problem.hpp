@@ -15,13 +15,20 @@ std::string check_tensor(const Attributes& attributes, int32_t position, const n
 // Bounds are the largest sizes of a profile, each found on its own: a key and its mask need not agree there.
 enum class Shapes { kActual, kBounds };
 
-// The problem with these shapes, its pointers null. Returns "" or what is wrong with the shapes.
+// The problem with these shapes, its pointers null; that of a LinearAttention node is `linear_problem` of it. Returns
+// "" or what is wrong with the shapes.
 std::string read_problem(const Attributes& attributes, const nvinfer1::Dims* shapes, Shapes meaning,
                          nvinfer1::DataType number, cuda::SparseAttention& problem);
+
+// The same sizes and pointers for the kernels of linear attention.
+cuda::LinearAttention linear_problem(const Attributes& attributes, const cuda::SparseAttention& problem);
 
 // "" if the kernels take the problem on the device in question, else why not. That is the device of this thread; where
 // there is none, an engine is being built for another machine: EFFC_TARGET_SM (89, say) names its compute capability,
 // and without it the problem is taken if any device would.
-std::string refused(const cuda::SparseAttention& problem);
+std::string refused(const Attributes& attributes, const cuda::SparseAttention& problem);
+
+size_t workspace_bytes(const Attributes& attributes, const cuda::SparseAttention& problem);
+int launch(const Attributes& attributes, const cuda::SparseAttention& problem, void* workspace, cudaStream_t stream);
 
 }  // namespace effc::trt

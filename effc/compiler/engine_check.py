@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from effc.compiler.engine_torch import check_torch
 from effc.compiler.recipe import Recipe
 from effc.errors import PreconditionError, UsageError
 from effc.exporters.tensorrt_flavours import Flavour, choose_capabilities, require_flavour
-from effc.passes.engine_settings import ENGINE_TARGETS, EngineSection
+from effc.passes.engine_settings import ENGINE_TARGETS, TORCH_TARGET, EngineSection
 from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins.tensorrt_library import LEAST_CAPABILITY, existing_library, find_compiler
 
@@ -50,6 +51,9 @@ def check_engine(recipe: Recipe, calibration_given: bool = False) -> EnginePlan 
         MissingDependencyError: if TensorRT, or what its plugin is compiled with, is not installed.
         PreconditionError: if an architecture lacks what is asked of it.
     """
+    if recipe.target == TORCH_TARGET:
+        check_torch(recipe)
+        return None
     if recipe.target not in ENGINE_TARGETS:
         if recipe.engine != EngineSection():
             raise UsageError(

@@ -188,7 +188,7 @@ def _build(
     )
     built = build_engine(plan.flavour, request, f"{name} sm_{capability}", tell)
     attention = [*graph.attention.plugins, *graph.attention.written_out]
-    served = serve(built.layers, attention, graph.linears)
+    served = serve(built.layers, attention, graph.linears, graph.attention.plugins)
     warnings = [text for text in built.warnings if "Int64 binding" not in text]
     if served.missed:
         warnings.insert(

@@ -26,6 +26,7 @@ from effc.compiler.calibration_data import CalibrationData
 from effc.compiler.compress import Compression, Probe, compresses, run_torch
 from effc.compiler.engine_check import EnginePlan, check_engine
 from effc.compiler.engine_sources import forward_source, generation_sources
+from effc.compiler.engine_torch import build_torch_program
 from effc.compiler.engines import ENGINES_VERSION, build_engines
 from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
 from effc.compiler.generation_build import GENERATION_VERSION, add_generation, end_and_padding
@@ -61,6 +62,7 @@ from effc.exporters.generation_export import positions_of
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.base import PassResult
+from effc.passes.engine_settings import TORCH_TARGET
 from effc.passes.extend_positions import ExtendPositions
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.observed_attention import ObservedAttention
@@ -356,6 +358,13 @@ def run(
             with log.step("generation"):
                 given = (schemes, remembered)
                 generation = _generation(source, layers, recipe, calibration, exported, staging, log, given)
+        if recipe.target == TORCH_TARGET:
+            log.steps += 1
+            with log.step("torch-tensorrt"):
+                started = time.perf_counter()
+                program = build_torch_program(source, recipe.engine, staging, log.tell)
+                done: PassResult[Any] = PassResult(None, True, [f"{program.parent.name}/{program.name}"])
+                log.add("torch-tensorrt", ENGINES_VERSION, started, done)
         _save_source_files(source, staging)
         checkpoint = None
         if recipe.checkpoint.enabled:

@@ -16,7 +16,7 @@ from effc.compiler.tasks import TASK_NAMES
 from effc.errors import UsageError
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.distill_settings import RecoverSection
-from effc.passes.engine_settings import ENGINE_TARGETS, EngineSection
+from effc.passes.engine_settings import ENGINE_TARGETS, TORCH_TARGET, EngineSection
 from effc.passes.low_rank_settings import LowRankSection, parse_low_rank
 from effc.passes.positions_settings import PositionsSection
 from effc.passes.prune_settings import PruneSection
@@ -24,7 +24,7 @@ from effc.passes.quantize_settings import CalibrationSection as CalibrationSecti
 from effc.passes.quantize_settings import QuantizationSection
 from effc.suggest import did_you_mean
 
-TARGETS = ("onnxruntime", *ENGINE_TARGETS)
+TARGETS = ("onnxruntime", *ENGINE_TARGETS, TORCH_TARGET)
 
 
 class Section(BaseModel):

@@ -38,7 +38,7 @@ from effc.compiler.machine import usable_cores
 from effc.compiler.manifest import Manifest
 from effc.compiler.session import CPU_ONLY, profile_kernels
 from effc.compiler.session import session_options as default_options
-from effc.errors import EffcError, OutputError, UsageError
+from effc.errors import EffcError, MissingDependencyError, OutputError, UsageError
 from effc.plugins import native as native_kernels
 from effc.suggest import did_you_mean
 
@@ -333,7 +333,7 @@ def load(
     providers = _known_providers(providers)
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.", "Leave it out to use every core.")
-    library = loadable_native_library() if native else None
+    library = _native_library(providers) if native else None
     if session_options is None:
         options = default_options(threads or usable_cores())
     else:
@@ -356,6 +356,24 @@ def _load_engines(directory: Path, manifest: Manifest, wanted: bool) -> EngineMo
     return None
 
 
+def _native_library(providers: Sequence[Any]) -> Path | None:
+    """The kernels for a session with these providers: it takes those for the CPU or those for CUDA.
+
+    With the CUDA provider and no kernels for it, attention runs there through its function bodies: kernels for the CPU
+    would take it away from the GPU.
+    """
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    if native_kernels.CUDA_PROVIDER not in names:
+        return loadable_native_library()
+    library = native_kernels.cuda_library_path()
+    if library is None and os.environ.get("EFFC_NATIVE") != "0":
+        try:
+            native_kernels.native_library(native_kernels.CUDA_PROVIDER)
+        except MissingDependencyError as missing:
+            warnings.warn(f"{missing} Standard operators run instead.", RuntimeWarning, stacklevel=3)
+    return None if library is None else _loadable(library)
+
+
 def loadable_native_library() -> Path | None:
     """effc's native kernels, or None, with a warning where they are there but cannot be loaded.
 
@@ -367,6 +385,10 @@ def loadable_native_library() -> Path | None:
         if os.environ.get("EFFC_NATIVE") != "0" and os.environ.get("EFFC_NATIVE_LIBRARY"):
             native_kernels.native_library()  # says what is wrong with that variable
         return None
+    return _loadable(library)
+
+
+def _loadable(library: Path) -> Path | None:
     try:
         # Tried on options of its own, because a failure would leave the caller's half registered.
         onnxruntime.SessionOptions().register_custom_ops_library(str(library))
@@ -375,7 +397,7 @@ def loadable_native_library() -> Path | None:
             f"effc's native kernels ({library}) cannot be loaded: {_first_line(error)}. Slower standard operators run "
             "instead; `effc doctor` says more.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return library

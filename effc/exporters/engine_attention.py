@@ -1,7 +1,7 @@
 """effc's attention operators in a graph for TensorRT: as plugin nodes, or written out in standard operators.
 
-As a plugin, ``effc::SparseAttention`` keeps its attributes and gets one more: ``inputs`` names the optional inputs it
-has, because TensorRT's network knows no input that is left out.
+As a plugin, ``effc::SparseAttention`` or ``effc::LinearAttention`` keeps its attributes and gets one more: ``inputs``
+names the optional inputs it has, because TensorRT's network knows no input that is left out.
 
 Written out, a layer is one ``Attention`` with a mask over all pairs, which TensorRT fuses into its own kernel: right
 for every pattern, and O(length^2). The bodies that ONNX Runtime runs are of no use here: TensorRT takes no Scan inside
@@ -20,10 +20,12 @@ from onnx import TensorProto, parser
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, LiftConstantsToInitializersPass
 
 from effc.errors import PreconditionError
+from effc.exporters.engine_linear import ATTENDED, write_linear
 from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.position_statements import Statements, Value
 from effc.plugins.bodies.position_visible import all_visible
 from effc.plugins.caches import sees_itself
+from effc.plugins.forms.linear import Linear
 from effc.plugins.forms.terms import Sinks
 from effc.plugins.function_body import geometry_of, is_attention
 from effc.plugins.operator import DOMAIN, KEY_MASK, AttentionGeometry, optional_inputs
@@ -32,7 +34,6 @@ from effc.plugins.pattern import Pattern
 INPUTS_ATTRIBUTE = "inputs"
 # Within the range of fp16, and out of reach of any score.
 _HIDDEN = -30000.0
-PLUGIN_OPERATOR = "SparseAttention"
 _HALF_OR_FLOAT = {
     ir.DataType.FLOAT: TensorProto.FLOAT,
     ir.DataType.FLOAT16: TensorProto.FLOAT16,
@@ -42,9 +43,9 @@ _HALF_OR_FLOAT = {
 
 @dataclass
 class EngineAttention:
-    """Names of the attention nodes that are left to the plugin, and of those written out."""
+    """Names of the attention nodes that are left to the plugin, with their operators, and of those written out."""
 
-    plugins: list[str] = field(default_factory=list)
+    plugins: dict[str, str] = field(default_factory=dict)
     written_out: list[str] = field(default_factory=list)
 
 
@@ -55,10 +56,11 @@ def check_forms(model: ir.Model) -> None:
         PreconditionError: naming the layer and its form.
     """
     for node in model.graph.all_nodes():
-        if is_attention(node) and node.op_type != PLUGIN_OPERATOR:
+        if is_attention(node) and not isinstance(geometry_of(node).form, (Pattern, Linear)):
             form = node.attributes["pattern"].as_string()
             raise PreconditionError(
-                f"'{node.name}' computes '{form}', and engines are built for patterns of positions only.",
+                f"'{node.name}' computes '{form}', and engines are built for patterns of positions, linear:elu and "
+                "linear:relu only.",
                 "Use a pattern such as local:256 or local:256|global:16, or --target=onnxruntime.",
             )
 
@@ -84,24 +86,30 @@ def lower_attention(model: ir.Model, plugin: bool, *, past: bool = False) -> Eng
     model.functions.clear()
     for node in [node for node in model.graph if is_attention(node)]:
         form = geometry_of(node).form
-        assert isinstance(form, Pattern)
         name = str(node.name)
-        if plugin and not form.is_dense:
+        if plugin and not (isinstance(form, Pattern) and form.is_dense):
             _as_plugin(node)
-            result.plugins.append(name)
+            result.plugins[name] = str(node.op_type)
         else:
             _as_call(model, node, past)
             result.written_out.append(name)
     if result.written_out:
         InlinePass()(model)
         # The build log speaks of a layer by the name of its node.
-        inlined = [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]
+        inlined = [node for node in model.graph if _is_written_out(node)]
         for node, name in zip(inlined, result.written_out, strict=True):
             node.name = name
         # Layers of one pattern share its mask.
         LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         CommonSubexpressionEliminationPass()(model)
     return result
+
+
+def _is_written_out(node: ir.Node) -> bool:
+    """Whether the node is what gives a written-out layer its output."""
+    if node.domain != "":
+        return False
+    return node.op_type == "Attention" or (node.op_type == "Div" and ATTENDED in str(node.outputs[0].name))
 
 
 def _as_plugin(node: ir.Node) -> None:
@@ -136,10 +144,13 @@ def _as_call(model: ir.Model, node: ir.Node, past: bool) -> None:
 
 def _body(geometry: AttentionGeometry, given: tuple[str, ...], dtype: ir.DataType, past: bool) -> ir.Function:
     form = geometry.form
-    assert isinstance(form, Pattern)
     s = Statements()
     s.reserve("query", "key", "value", KEY_MASK, *form.extra_inputs)
-    _write(s, form, geometry, given, _HALF_OR_FLOAT[dtype], past)
+    if isinstance(form, Linear):
+        write_linear(s, form, geometry, KEY_MASK in given, _HALF_OR_FLOAT[dtype])
+    else:
+        assert isinstance(form, Pattern)
+        _write(s, form, geometry, given, _HALF_OR_FLOAT[dtype], past)
     overload = f"{geometry.overload(frozenset(given))}_{dtype.name}_{'past' if past else 'whole'}"
     proto: onnx.FunctionProto = parser.parse_function(
         f'<domain: "effc.engine", overload: "{overload}", opset_import: ["": {OPSET}]>\n'

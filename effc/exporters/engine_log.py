@@ -125,11 +125,17 @@ class Served:
     missed: tuple[str, ...]
 
 
-def serve(layers: Sequence[EngineLayer], attention: Iterable[str], linears: Mapping[str, str]) -> Served:
+def serve(
+    layers: Sequence[EngineLayer],
+    attention: Iterable[str],
+    linears: Mapping[str, str],
+    plugins: Mapping[str, str] | None = None,
+) -> Served:
     """Find the model's layers in an engine.
 
     Args:
         attention: names of attention nodes.
+        plugins: operators of those that are left to the plugin; ``SparseAttention`` if it says nothing.
         linears: what each linear layer's node was to be computed in.
     """
     by_node: dict[str, list[EngineLayer]] = {}
@@ -143,7 +149,7 @@ def serve(layers: Sequence[EngineLayer], attention: Iterable[str], linears: Mapp
         if layer.kind not in _AROUND and not layer.is_attention and layer.precision in _LOW.values()
     )
     return Served(
-        {name: _attention_kernel(by_node.get(name, ())) for name in attention},
+        {name: _attention_kernel(by_node.get(name, ()), (plugins or {}).get(name)) for name in attention},
         products,
         {str(precision): count for precision, count in sorted(low.items(), key=str)},
         tuple(
@@ -160,10 +166,10 @@ def _product(candidates: Iterable[EngineLayer]) -> str:
     return " + ".join(sorted(found)) or NOT_FOUND
 
 
-def _attention_kernel(candidates: Sequence[EngineLayer]) -> str:
+def _attention_kernel(candidates: Sequence[EngineLayer], operator: str | None) -> str:
     for layer in candidates:
         if layer.is_plugin:
-            return PLUGIN
+            return PLUGIN if operator is None else f"plugin effc::{operator}"
     for layer in candidates:
         if layer.is_attention:
             return f"TensorRT {_SUFFIX.sub('', layer.name).strip('_')}"

@@ -33,6 +33,8 @@ _IN_FLOAT = frozenset(
 _PRECISE = frozenset({"Cos", "Sin"})
 # The ONNX type is part of these nodes' attributes.
 _TYPED = {"Cast": "to", "EyeLike": "dtype", "Range": "dtype"}
+# effc's operators that take half precision; their kernels sum in fp32.
+_WITH_KERNELS = ("SparseAttention", "LinearAttention")
 # Inputs of effc's operators whose type does not follow the query's.
 _OWN_TYPES = ("distance_bias", "distance_slope")
 
@@ -118,7 +120,7 @@ class _Converter:
             for attribute in node.attributes.values()
         ):
             return True
-        return (node.domain == DOMAIN and node.op_type != "SparseAttention") or node.op_type in _IN_FLOAT
+        return (node.domain == DOMAIN and node.op_type not in _WITH_KERNELS) or node.op_type in _IN_FLOAT
 
     def _in_float(self, node: ir.Node) -> None:
         floats = False

@@ -39,7 +39,7 @@ def export_onnx(
     dynamic = {name: {axis: torch.export.Dim.AUTO for axis in axes.get(name, {})} for name in inputs}
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, opset_version=OPSET)
     try:
-        with _quiet(), torch.no_grad(), _without_caches(model):
+        with quiet(), torch.no_grad(), without_caches(model):
             graph: ir.Model = OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -75,7 +75,7 @@ def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
 
 
 @contextlib.contextmanager
-def _without_caches(model: PreTrainedModel) -> Iterator[None]:
+def without_caches(model: PreTrainedModel) -> Iterator[None]:
     """Let no part of the model make a key/value cache; the decoder of an encoder-decoder has a config of its own."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None)]
@@ -89,7 +89,7 @@ def _without_caches(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' chatter off the user's terminal; errors still come as exceptions."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

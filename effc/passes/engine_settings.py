@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt_rtx")
 """Targets whose artifacts hold engines."""
+TORCH_TARGET = "torch_tensorrt"
+"""Target whose artifacts hold a program for torch, with engines in it."""
 _ARCHITECTURE = re.compile(r"sm_(\d{2,3})")
 _SHAPE = re.compile(r"(\d+)(?:x(\d+))?")
 

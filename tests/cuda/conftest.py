@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "native"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from emulated_build import COUNT, PROGRAM, SELFTEST, emulated_build
+from emulated_build import COUNT, LINEAR, PROGRAM, SELFTEST, emulated_build
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,12 @@ def emulated_directory() -> Path:
 def emulated(emulated_directory: Path) -> Path:
     """The program that runs a problem under the emulator."""
     return emulated_directory / PROGRAM
+
+
+@pytest.fixture
+def emulated_linear(emulated_directory: Path) -> Path:
+    """The same for linear attention."""
+    return emulated_directory / LINEAR
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ TOLERANCE = {"float": 1e-5, "half": 1e-3, "bfloat16": 1e-2}
 
 @dataclass(frozen=True)
 class CudaCase(Case):
-    """One call of the kernels. Queries, keys and values are rounded to ``number`` before they go anywhere."""
+    """One call of the kernels. Queries, keys and values are rounded to ``number`` before they go anywhere.
+
+    ``key_blocks [batch, kv_heads, query blocks, count]``: what content-based selection chose.
+    """
 
     number: str = "half"
+    key_blocks: NDArray[np.int32] | None = field(default=None, repr=False)
+    block_size: int = 0
 
     def inputs(self) -> dict[str, NDArray[np.generic]]:
         feeds = super().inputs()
@@ -61,6 +66,9 @@ def write_problem(path: Path, case: CudaCase, feeds: dict[str, NDArray[np.generi
         "pattern": case.pattern,
         "causal": int(case.causal),
         "log_sum_exp": 1,
+        "key_block_count": 0 if case.key_blocks is None else case.key_blocks.shape[-1],
+        "block_lists": 0 if case.key_blocks is None else int(np.prod(case.key_blocks.shape[:-1])),
+        "block_size": case.block_size,
         **{name: int(name in feeds) for name in OPTIONAL},
     }
     with path.open("wb") as file:
@@ -70,6 +78,8 @@ def write_problem(path: Path, case: CudaCase, feeds: dict[str, NDArray[np.generi
                 continue
             kind = NUMBERS[case.number] if name in ("query", "key", "value") else feeds[name].dtype
             file.write(feeds[name].astype(kind).tobytes())
+        if case.key_blocks is not None:
+            file.write(case.key_blocks.astype(np.int32).tobytes())
 
 
 def run(program: Path, case: CudaCase, *options: str, feeds: dict[str, NDArray[np.generic]] | None = None) -> Outcome:

@@ -10,6 +10,8 @@ import pytest
 from native_build import cmake_build
 
 PROGRAM = "effc_cuda_emulated"
+LINEAR = "effc_cuda_emulated_linear"
+INTERFACE = "libeffc_cuda_c_emulated.so"
 SELFTEST = "effc_cuda_emulator_selftest"
 COUNT = "effc_cuda_count"
 

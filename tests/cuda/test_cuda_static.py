@@ -20,7 +20,7 @@ FEWEST_BLOCKS = {32: (3, 3), 64: (2, 2), 80: (2, 3), 96: (2, 3), 128: (2, 3), 25
 MOST_REGISTERS = {
     (90, 64): 168,
     (120, 80): 168,
-    (120, 96): 200,
+    (120, 96): 208,
     **{(architecture, 256): 255 for architecture in SHARED_BYTES},
 }
 
@@ -36,7 +36,7 @@ def needs_tools() -> None:
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
 def test_tensor_core_kernels(architecture: int, head_dim: int) -> None:
     needs_tools()
-    kernels = [kernel for kernel in cuda_build.kernels(architecture, (head_dim,)) if kernel.shape is not None]
+    kernels = cuda_build.kernels_of(f"attention_{head_dim}.cu", architecture)
     assert {(kernel.number, kernel.name) for kernel in kernels} == {
         (number, f"attend_tile {head_dim} {variant}") for number in ("Half", "BFloat16") for variant in ("usual", "few")
     }
@@ -59,14 +59,50 @@ def test_tensor_core_kernels(architecture: int, head_dim: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_dim", cuda_build.HEAD_SIZES)
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_linear_kernels(architecture: int, head_dim: int) -> None:
+    needs_tools()
+    found = cuda_build.kernels_of(f"linear_{cuda_build.LINEAR_SOURCES[head_dim]}.cu", architecture)
+    kernels = [kernel for kernel in found if kernel.tile == (head_dim, "linear")]
+    assert {kernel.number for kernel in kernels} == {"Half", "BFloat16"}
+    tile = cuda_build.tile_shapes()[head_dim, "linear"]
+    for kernel in kernels:
+        assert kernel.spill_bytes == kernel.stack_bytes == kernel.local_memory == 0, kernel
+        # The products with keys, and those with values, which states share.
+        assert kernel.tensor_core == (tile["keys"] // 8) * (head_dim // 16) * 2, kernel
+        assert tile["shared_bytes"] <= SHARED_BYTES[architecture]
+        assert blocks_of(kernel) >= {32: 3, 256: 1}.get(head_dim, 2), kernel
+
+
+def blocks_of(kernel: cuda_build.Kernel) -> int:
+    assert kernel.tile is not None
+    tile = cuda_build.tile_shapes()[kernel.tile]
+    return cuda_build.blocks_per_multiprocessor(
+        kernel.architecture, kernel.registers, tile["threads"], tile["shared_bytes"]
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
 def test_other_kernels(architecture: int) -> None:
     needs_tools()
     kernels = cuda_build.kernels(architecture, ())
-    assert {kernel.name for kernel in kernels} == {"attend_rows", "merge_splits"}
+    assert {kernel.name for kernel in kernels} == {
+        "attend_rows",
+        "merge_splits",
+        "sum_keys",
+        "add_segments",
+        "sum_keys_plainly",
+        "attend_linear_rows",
+        "step_linear",
+    }
     assert {kernel.number for kernel in kernels} == {"float", "Half", "BFloat16"}
     for kernel in kernels:
         assert kernel.spill_bytes == kernel.local_memory == 0, kernel
+        if kernel.tile is not None:
+            assert kernel.tensor_core == 4 * (8 + 1), "a tile's products, and the sums of its features"
+            assert blocks_of(kernel) >= 3, kernel
 
 
 @pytest.mark.slow

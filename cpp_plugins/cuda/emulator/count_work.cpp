@@ -3,19 +3,28 @@
 //   effc_cuda_count tiles
 //   effc_cuda_count work PATTERN CAUSAL BATCH Q_LEN KV_LEN NUM_HEADS KV_NUM_HEADS HEAD_DIM [MULTIPROCESSORS]
 //
-// The first prints a line of JSON for every tile shape, the second one for the problem.
+// The first prints a line of JSON for every tile shape, the second one for the problem. PATTERN may be linear.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
 #include "cuda/key_tile_walk.cuh"
+#include "cuda/linear_sums.cuh"
+#include "cuda/linear_tile.cuh"
 #include "cuda/shared_tiles.cuh"
 #include "pattern/parse.hpp"
 
 namespace {
 
 using namespace effc::cuda;
+
+void print_linear_shape(const char* variant, int head_dim, int keys, int threads, size_t shared_bytes) {
+  std::printf(
+      "{\"variant\": \"%s\", \"head_dim\": %d, \"rows\": %d, \"keys\": %d, \"slots\": 2, \"threads\": %d, "
+      "\"shared_bytes\": %zu}\n",
+      variant, head_dim, kLinearRows, keys, threads, shared_bytes);
+}
 
 template <class Shape>
 void print_shape(const char* variant) {
@@ -30,6 +39,8 @@ template <int head_dim>
 void print_shapes() {
   print_shape<UsualShape<head_dim>>("usual");
   print_shape<FewShape<head_dim>>("few");
+  using Linear = LinearShape<head_dim>;
+  print_linear_shape("linear", head_dim, Linear::kKeys, Linear::kThreads, sizeof(SharedLinear<Half, Linear>));
 }
 
 template <class Shape>
@@ -67,6 +78,44 @@ void print_work(const SparseAttention& problem, int multiprocessors) {
       static_cast<long long>(2 * rows * problem.head_dim * kNumberBytes));
 }
 
+// As the kernels of linear attention cut it: products for sums, for what is read of states, and for pairs.
+template <int head_dim>
+void print_linear_work(const SparseAttention& sizes) {
+  using Shape = LinearShape<head_dim>;
+  LinearAttention problem{};
+  problem.batch = sizes.batch;
+  problem.q_len = sizes.q_len;
+  problem.kv_len = sizes.kv_len;
+  problem.num_heads = sizes.num_heads;
+  problem.kv_num_heads = sizes.kv_num_heads;
+  problem.head_dim = sizes.head_dim;
+  problem.causal = sizes.pattern.causal;
+  const LinearSchedule schedule = linear_schedule_for(problem, 2, nullptr);
+  const int64_t slices = int64_t{schedule.slices} * schedule.slices * problem.batch * problem.kv_num_heads;
+  int64_t sum_tiles = 0;
+  for (int64_t segment = 0; segment < schedule.segments; ++segment) {
+    const int64_t begin = segment * schedule.keys_per_segment;
+    const int64_t keys =
+        problem.kv_len - begin < schedule.keys_per_segment ? problem.kv_len - begin : schedule.keys_per_segment;
+    sum_tiles += divide_up(keys, SumsShape::kKeys) * slices;
+  }
+  const int64_t blocks = linear_blocks(problem, schedule);
+  int64_t state_tiles = 0, pair_tiles = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const LinearTile tile = linear_tile(problem, schedule, static_cast<uint32_t>(block));
+    state_tiles += tile.has_state ? divide_up(problem.head_dim, Shape::kKeys) : 0;
+    pair_tiles += divide_up(tile.keys.end - tile.keys.begin, Shape::kKeys);
+  }
+  const int64_t of_sums = sum_tiles * (kFeatureSlice / 16) * (SumsShape::kKeys / 16) * (kFeatureSlice / 8 + 1);
+  const int64_t of_tile = int64_t{kLinearRows} / 16 * (Shape::kKeys / 16) * (Shape::kHeadDim / 8);
+  std::printf(
+      "{\"segments\": %d, \"states\": %d, \"blocks\": %lld, \"sum_tiles\": %lld, \"state_tiles\": %lld, "
+      "\"pair_tiles\": %lld, \"matrix_products\": %lld, \"workspace_bytes\": %zu}\n",
+      schedule.segments, schedule.reads, static_cast<long long>(blocks), static_cast<long long>(sum_tiles),
+      static_cast<long long>(state_tiles), static_cast<long long>(pair_tiles),
+      static_cast<long long>(of_sums + of_tile * (state_tiles + 2 * pair_tiles)), workspace_bytes(problem));
+}
+
 template <int head_dim>
 void print_work(const SparseAttention& problem, int multiprocessors) {
   if (problem.q_len * (problem.num_heads / problem.kv_num_heads) <= FewShape<head_dim>::kRows) {
@@ -86,6 +135,7 @@ int main(int count, char** arguments) {
     print_shapes<96>();
     print_shapes<128>();
     print_shapes<256>();
+    print_linear_shape("sums", kFeatureSlice, SumsShape::kKeys, SumsShape::kThreads, sizeof(SharedSums<Half>));
     return 0;
   }
   if (count < 10 || std::strcmp(arguments[1], "work") != 0) {
@@ -93,7 +143,9 @@ int main(int count, char** arguments) {
     return 2;
   }
   SparseAttention problem{};
-  const std::string wrong = effc::parse_pattern(arguments[2], std::atoi(arguments[3]) != 0, problem.pattern);
+  const bool linear = std::strcmp(arguments[2], "linear") == 0;
+  const std::string wrong =
+      effc::parse_pattern(linear ? "dense" : arguments[2], std::atoi(arguments[3]) != 0, problem.pattern);
   if (!wrong.empty()) {
     std::fprintf(stderr, "%s\n", wrong.c_str());
     return 2;
@@ -106,11 +158,22 @@ int main(int count, char** arguments) {
   problem.head_dim = std::atoll(arguments[9]);
   problem.number = Number::kHalf;
   const int multiprocessors = count > 10 ? std::atoi(arguments[10]) : 1;
-  for (const auto& [head_dim, print] :
-       {std::pair{32, print_work<32>}, std::pair{64, print_work<64>}, std::pair{80, print_work<80>},
-        std::pair{96, print_work<96>}, std::pair{128, print_work<128>}, std::pair{256, print_work<256>}}) {
+  struct HeadSize {
+    int head_dim;
+    void (*print)(const SparseAttention&, int);
+    void (*print_linear)(const SparseAttention&);
+  };
+  for (const auto& [head_dim, print, print_linear] :
+       {HeadSize{32, print_work<32>, print_linear_work<32>}, HeadSize{64, print_work<64>, print_linear_work<64>},
+        HeadSize{80, print_work<80>, print_linear_work<80>}, HeadSize{96, print_work<96>, print_linear_work<96>},
+        HeadSize{128, print_work<128>, print_linear_work<128>},
+        HeadSize{256, print_work<256>, print_linear_work<256>}}) {
     if (problem.head_dim > head_dim) continue;
-    print(problem, multiprocessors);
+    if (linear) {
+      print_linear(problem);
+    } else {
+      print(problem, multiprocessors);
+    }
     return 0;
   }
   std::fprintf(stderr, "tensor cores take heads of up to 256 numbers\n");

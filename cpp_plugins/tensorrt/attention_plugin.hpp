@@ -1,4 +1,5 @@
-// effc::SparseAttention as a TensorRT plugin (IPluginV3), and the creator that makes it from a node or from a plan.
+// effc::SparseAttention and effc::LinearAttention as TensorRT plugins (IPluginV3), and the creator that makes them from
+// a node or from a plan.
 //
 // Nothing here refers to TensorRT's own library: what a plugin needs it is handed through interfaces. That lets one
 // library be loaded by TensorRT 10, 11 and TensorRT-RTX. For the same reason nothing registers itself: releases differ
@@ -12,23 +13,22 @@
 
 namespace effc::trt {
 
-constexpr const char* kPluginName = "SparseAttention";
 constexpr const char* kPluginVersion = "1";
 constexpr const char* kPluginNamespace = "effc";
 
-class SparseAttentionPlugin final : public nvinfer1::IPluginV3,
+class AttentionPlugin final : public nvinfer1::IPluginV3,
                                     public nvinfer1::IPluginV3OneCore,
                                     public nvinfer1::IPluginV3OneBuild,
                                     public nvinfer1::IPluginV3OneRuntime {
  public:
-  SparseAttentionPlugin(std::string layer, Attributes attributes);
+  AttentionPlugin(std::string layer, Attributes attributes);
 
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
 
   // IPluginV3OneCore
-  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginName() const noexcept override { return name_of(attributes_.op); }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
@@ -65,17 +65,18 @@ class SparseAttentionPlugin final : public nvinfer1::IPluginV3,
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-class SparseAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  SparseAttentionCreator();
+  explicit AttentionCreator(Operator op);
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
-  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginName() const noexcept override { return name_of(op_); }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
+  const Operator op_;
   std::array<nvinfer1::PluginField, kFieldCount> fields_;
   nvinfer1::PluginFieldCollection collection_;
 };

@@ -1,4 +1,4 @@
-#include "tensorrt/sparse_attention_plugin.hpp"
+#include "tensorrt/attention_plugin.hpp"
 
 #include <cuda_runtime_api.h>
 
@@ -35,10 +35,10 @@ bool largest_shapes(const DynamicPluginTensorDesc* inputs, int32_t count, std::v
 
 }  // namespace
 
-SparseAttentionPlugin::SparseAttentionPlugin(std::string layer, Attributes attributes)
+AttentionPlugin::AttentionPlugin(std::string layer, Attributes attributes)
     : layer_(std::move(layer)), attributes_(std::move(attributes)) {}
 
-nvinfer1::IPluginCapability* SparseAttentionPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
+nvinfer1::IPluginCapability* AttentionPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
   switch (type) {
     case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
     case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
@@ -47,21 +47,21 @@ nvinfer1::IPluginCapability* SparseAttentionPlugin::getCapabilityInterface(Plugi
   return nullptr;
 }
 
-IPluginV3* SparseAttentionPlugin::clone() noexcept {
+IPluginV3* AttentionPlugin::clone() noexcept {
   try {
-    return new SparseAttentionPlugin(layer_, attributes_);
+    return new AttentionPlugin(layer_, attributes_);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
 }
 
-int32_t SparseAttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
+int32_t AttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
                                                   int32_t) const noexcept {
   outputs[0] = inputs[0];
   return kDone;
 }
 
-int32_t SparseAttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
+int32_t AttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
                                                const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
                                                int32_t, nvinfer1::IExprBuilder&) noexcept {
   if (input_count != attributes_.input_count) {
@@ -73,7 +73,7 @@ int32_t SparseAttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs
   return kDone;
 }
 
-bool SparseAttentionPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
+bool AttentionPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
                                                       int32_t, int32_t) noexcept {
   const PluginTensorDesc& tensor = tensors[position].desc;
   // Other layouts are offered in turn, which is no fault of the graph.
@@ -81,17 +81,17 @@ bool SparseAttentionPlugin::supportsFormatCombination(int32_t position, const Dy
   return complain(check_tensor(attributes_, position, tensor, tensors[0].desc.type));
 }
 
-int32_t SparseAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+int32_t AttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
                                                const DynamicPluginTensorDesc*, int32_t) noexcept {
   std::vector<Dims> shapes;
   if (!largest_shapes(inputs, input_count, shapes)) return kDone;
   cuda::SparseAttention problem;
   std::string reason = read_problem(attributes_, shapes.data(), Shapes::kBounds, inputs[0].desc.type, problem);
-  if (reason.empty()) reason = refused(problem);
+  if (reason.empty()) reason = refused(attributes_, problem);
   return complain(reason) ? kDone : kFailed;
 }
 
-size_t SparseAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+size_t AttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
                                                const DynamicPluginTensorDesc*, int32_t) const noexcept {
   std::vector<Dims> shapes;
   cuda::SparseAttention problem;
@@ -99,20 +99,20 @@ size_t SparseAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in
       !read_problem(attributes_, shapes.data(), Shapes::kBounds, inputs[0].desc.type, problem).empty()) {
     return 0;
   }
-  return cuda::workspace_bytes(problem);
+  return workspace_bytes(attributes_, problem);
 }
 
-int32_t SparseAttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
+int32_t AttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
                                              const PluginTensorDesc*, int32_t) noexcept {
   std::vector<Dims> shapes;
   for (int32_t index = 0; index < input_count; ++index) shapes.push_back(inputs[index].dims);
   cuda::SparseAttention problem;
   std::string reason = read_problem(attributes_, shapes.data(), Shapes::kActual, inputs[0].type, problem);
-  if (reason.empty()) reason = refused(problem);
+  if (reason.empty()) reason = refused(attributes_, problem);
   return complain(reason) ? kDone : kFailed;
 }
 
-int32_t SparseAttentionPlugin::enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
+int32_t AttentionPlugin::enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
                                        const void* const* inputs, void* const* outputs, void* workspace,
                                        cudaStream_t stream) noexcept {
   Dims shapes[kRequired + kOptionalCount];
@@ -132,40 +132,42 @@ int32_t SparseAttentionPlugin::enqueue(const PluginTensorDesc* input_description
   problem.distance_bias = static_cast<const float*>(input_of(kDistanceBias));
   problem.distance_slope = static_cast<const float*>(input_of(kDistanceSlope));
   problem.output = outputs[0];
-  const int error = cuda::launch(problem, workspace, stream);
+  const int error = launch(attributes_, problem, workspace, stream);
   if (error == cudaSuccess) return kDone;
   complain(std::string("its kernel cannot be launched: ") + cudaGetErrorString(static_cast<cudaError_t>(error)) + ".");
   return kFailed;
 }
 
-const nvinfer1::PluginFieldCollection* SparseAttentionPlugin::getFieldsToSerialize() noexcept {
+const nvinfer1::PluginFieldCollection* AttentionPlugin::getFieldsToSerialize() noexcept {
   fields_ = fields_of(attributes_);
   collection_ = {kFieldCount, fields_.data()};
   return &collection_;
 }
 
 // Tells the logger what is wrong, if anything is; true if nothing.
-bool SparseAttentionPlugin::complain(const std::string& problem) const {
+bool AttentionPlugin::complain(const std::string& problem) const {
   if (problem.empty()) return true;
-  log(Severity::kERROR, "effc::SparseAttention '" + layer_ + "': " + problem);
+  log(Severity::kERROR, "effc::" + std::string(name_of(attributes_.op)) + " '" + layer_ + "': " + problem);
   return false;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-SparseAttentionCreator::SparseAttentionCreator() : fields_(field_names()), collection_{kFieldCount, fields_.data()} {}
+AttentionCreator::AttentionCreator(Operator op)
+    : op_(op), fields_(field_names()), collection_{kFieldCount, fields_.data()} {}
 
-IPluginV3* SparseAttentionCreator::createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
+IPluginV3* AttentionCreator::createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                                 nvinfer1::TensorRTPhase) noexcept {
   try {
     const std::string layer = name == nullptr ? "" : name;
     Attributes attributes;
+    attributes.op = op_;
     const std::string problem = fields == nullptr ? "it has no attributes." : read_attributes(*fields, attributes);
     if (!problem.empty()) {
-      log(Severity::kERROR, "effc::SparseAttention '" + layer + "': " + problem);
+      log(Severity::kERROR, "effc::" + std::string(name_of(op_)) + " '" + layer + "': " + problem);
       return nullptr;
     }
-    return new SparseAttentionPlugin(layer, std::move(attributes));
+    return new AttentionPlugin(layer, std::move(attributes));
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
