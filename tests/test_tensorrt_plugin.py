@@ -38,7 +38,11 @@ PROBE = """
 import importlib, json, sys
 trt = importlib.import_module(sys.argv[1]); library = sys.argv[2]
 registry = trt.get_plugin_registry()
-registry.load_library(library)
+if len(sys.argv) > 4:
+    import ctypes
+    ctypes.CDLL(library)
+else:
+    registry.load_library(library)
 import numpy as np
 def make(operator="SparseAttention", **changes):
     creator = registry.get_creator(operator, "1", "effc")
@@ -102,13 +106,14 @@ def library(tmp_path_factory) -> Path:
     return made
 
 
-def created(module: str, library: Path, folder: Path | None = None) -> dict[str, bool]:
+def created(module: str, library: Path, folder: Path | None = None, *, opened: bool = False) -> dict[str, bool]:
+    """Which cases a registry makes a plugin of; with ``opened`` the library registers itself, as Triton needs it."""
     path = os.pathsep.join([str(folder)] if folder else [])
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, module, str(library), json.dumps(CASES)],
+        [sys.executable, "-c", PROBE, module, str(library), json.dumps(CASES), *(["opened"] if opened else [])],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **({"EFFC_REGISTER_PLUGINS": "1"} if opened else {})},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -160,6 +165,11 @@ def test_tensorrt_10_and_11_create_the_plugin(library, version):
             shutil.rmtree(folder, ignore_errors=True)
             pytest.skip(f"tensorrt-lean {version} cannot be fetched: {done.stderr[-300:]}")
     assert created("tensorrt_lean", library, folder) == {name: name in TAKEN for name in CASES}
+    if version.startswith("10."):
+        assert created("tensorrt_lean", library, folder, opened=True) == {name: name in TAKEN for name in CASES}
+    else:
+        with pytest.raises(AssertionError, match="register themselves with TensorRT 10, and this is version 11"):
+            created("tensorrt_lean", library, folder, opened=True)
 
 
 def build(

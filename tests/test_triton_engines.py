@@ -120,8 +120,18 @@ def test_engines_of_an_artifact_take_text(tmp_path):
     assert {entry.name: entry.optional for entry in message.input} == dict.fromkeys(names, False)
     assert (tmp_path / "r/m_model/1/libeffc_tensorrt.so").read_bytes() == b"library sm_120"
     assert "/m_model/1/libeffc_tensorrt.so" in (tmp_path / "r/launch.sh").read_text()
-    assert any("--embed-plugin" in note for note in done.notes) and not any("checks that" in n for n in done.notes)
+    assert "export EFFC_REGISTER_PLUGINS=1" in (tmp_path / "r/launch.sh").read_text()
+    assert done.notes == ()
     assert check_repository(tmp_path / "r") == ["m"]
+
+
+def test_plugins_beside_engines_of_tensorrt_11_are_said_not_to_register(tmp_path):
+    path = compiled(tmp_path / "a", text=True)
+    values = json.loads((path / "effc.json").read_text())
+    values["engines"]["version"] = "11.4.0.106"
+    (path / "effc.json").write_text(json.dumps(values))
+    notes = plan_artifact(path, ServingOptions(name="m", server_tensorrt="11.4.0")).notes
+    assert any("--embed-plugin" in note for note in notes)
 
 
 def test_batch_and_length_are_fitted_to_the_profiles(tmp_path):

@@ -46,6 +46,8 @@ def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool =
     libraries = [f"$repository/{library}" for library in plugins]
     flags = [*server_flags(cache=cache), *(f'"{flag}"' for flag in tensorrt_flags(libraries, host_code))]
     lines = " \\\n  ".join(flags)
+    # Triton opens plugin libraries and asks them for nothing.
+    registers = "\nexport EFFC_REGISTER_PLUGINS=1" if plugins else ""
     return f"""#!/bin/sh
 # Starts Triton on this repository; further flags of tritonserver may be given. In a container:
 #   docker run --rm --network host -v "$PWD":/models {CONTAINER} \\
@@ -54,7 +56,7 @@ set -eu
 repository=$(cd "$(dirname "$0")" && pwd)
 address=${{ADDRESS:-127.0.0.1}}
 # Nothing may be written into the repository, whose files are hashed.
-export PYTHONDONTWRITEBYTECODE=1
+export PYTHONDONTWRITEBYTECODE=1{registers}
 exec tritonserver --model-repository="$repository" \\
   --http-address="$address" --grpc-address="$address" --metrics-address="$address" \\
   --http-port="${{HTTP_PORT:-8000}}" --grpc-port="${{GRPC_PORT:-8001}}" --metrics-port="${{METRICS_PORT:-8002}}" \\

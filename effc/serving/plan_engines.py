@@ -68,10 +68,10 @@ def fit_engines(opened: Opened, options: ServingOptions, text: bool) -> FittedEn
             f"The engines run in a server with TensorRT {engines.tensorrt}{newer} only; --server-tensorrt VERSION "
             "checks that."
         )
-    if engines.plugins:
+    if engines.plugins and not engines.tensorrt.startswith("10."):
         notes.append(
-            "Triton opens plugin libraries and leaves it to them to register what they hold. effc's does not do that "
-            "by itself; compile with --embed-plugin, which needs no library."
+            "Triton opens plugin libraries and leaves it to them to register what they hold, which effc's does with "
+            f"TensorRT 10 and not with {engines.tensorrt}. Compile with --embed-plugin, which needs no library."
         )
     return FittedEngines(engines, options, tuple(notes))
 
