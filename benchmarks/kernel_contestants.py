@@ -106,8 +106,8 @@ def bound(node: Any, inputs: Feeds, shapes: dict[str, tuple[int, ...]], threads:
     return run
 
 
-def ours(shape: Shape, threads: int, precision: str = "fp32") -> Run:
-    """The operator of effc's native library for the shape's form."""
+def ours(shape: Shape, threads: int, precision: str = "fp32", library: Path | None = None) -> Run:
+    """The operator of effc's native library for the shape's form; ``library`` is another build of it."""
     feeds, operator = tensors(shape), parse_form(shape.pattern).op_type
     attributes = {"precision": precision} if operator == "SparseAttention" else {}
     node = helper.make_node(
@@ -122,7 +122,7 @@ def ours(shape: Shape, threads: int, precision: str = "fp32") -> Run:
         scale=shape.head_dim**-0.5,
         **attributes,
     )
-    return bound(node, feeds, {"output": feeds["query"].shape}, threads, native.native_library())
+    return bound(node, feeds, {"output": feeds["query"].shape}, threads, str(library or native.native_library()))
 
 
 def multi_head_attention(shape: Shape, threads: int) -> Run:
