@@ -205,7 +205,7 @@ def test_a_budget_of_time_ends_the_run() -> None:
     student, teacher = pair()
     started = time.monotonic()
     done = trained(student, teacher, steps=None, minutes=0.02, evaluate_every=1000)
-    assert 1 < time.monotonic() - started < 20
+    assert 1 < time.monotonic() - started < 120
     assert done.run.stages[0].steps >= 1
     # However short, it ends with an evaluation.
     assert done.run.stages[0].held_out[-1][0] == done.run.stages[0].steps
