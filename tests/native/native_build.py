@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -15,11 +17,14 @@ def cmake_build(name: str, *options: str, target: str | None = None) -> Path:
     """Configure and build in a directory kept between runs, so that only changed files are compiled again."""
     key = hashlib.sha256(str(REPOSITORY).encode()).hexdigest()[:12]
     directory = Path(tempfile.gettempdir()) / f"effc-native-{key}-{os.getuid()}" / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
     commands = [
         ["cmake", "-S", str(REPOSITORY), "-B", str(directory), *options],
         ["cmake", "--build", str(directory), "-j", "2", *(["--target", target] if target else [])],
     ]
-    for command in commands:
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    # Test processes that run side by side share the directory.
+    with FileLock(directory.with_suffix(".lock")):
+        for command in commands:
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return directory
