@@ -120,7 +120,7 @@ struct Prefetch {
 // hardware looks ahead, and at distances that fill only a few sets of the cache. The tile kernel therefore copies them
 // side by side, one slot per block of kKeyTile keys, finds them there again for the next tile of queries, and asks in
 // time for the block after. A task takes a few neighbouring heads, because their rows share pages.
-constexpr int kMaxPackedBlocks = 64;
+constexpr int kMaxPackedBlocks = 256;
 struct Workspace {
   float* memory;            // kWorkspaceFloats, aligned to kWorkspaceAlignment bytes
   float* packed_memory;     // slots of 2 * kKeyTile * head_dim

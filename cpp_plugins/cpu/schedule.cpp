@@ -23,9 +23,12 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Floats for keys and values that lie side by side: half of the second-level cache, or at least a block of the widest
-// heads.
-size_t packed_floats() {
+// Floats for keys and values that lie side by side: 16 thousand keys of 64. What does not fit into the second-level
+// cache is still read faster side by side than a page apart, and memory that is not used is never touched.
+constexpr size_t kPackedFloats = (8 << 20) / sizeof(float);
+
+// Of which the second-level cache keeps so many: half of it.
+size_t cached_floats() {
   static const size_t floats = [] {
     constexpr size_t kUsual = 1 << 20;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -38,7 +41,7 @@ size_t packed_floats() {
   }();
   return floats;
 }
-static_assert(2 * kKeyTile * kMaxHeadDim * sizeof(float) <= 1 << 18, "one block always fits");
+static_assert(2 * kKeyTile * kMaxHeadDim <= kPackedFloats, "one block always fits");
 
 class ThreadWorkspace {
  public:
@@ -52,7 +55,7 @@ class ThreadWorkspace {
     float* memory = workspace_.memory;
     if (memory == nullptr) {
       void* allocated = nullptr;
-      const size_t floats = kWorkspaceFloats + packed_floats();
+      const size_t floats = kWorkspaceFloats + kPackedFloats;
       if (posix_memalign(&allocated, kWorkspaceAlignment, floats * sizeof(float)) != 0) return nullptr;
       memory = static_cast<float*>(allocated);
     }
@@ -150,7 +153,8 @@ Schedule schedule_for(const Plan& plan, const Pass& pass) {
   schedule.query_tiles = divide_up(queries + schedule.first_cut, schedule.queries_per_tile);
 
   // One block more than a tile looks at, because the next tile leaves one and meets another.
-  const int64_t slots = std::min<int64_t>(kMaxPackedBlocks, packed_floats() / (2 * kKeyTile * problem.head_dim));
+  const int64_t block_floats = 2 * kKeyTile * problem.head_dim;
+  const int64_t slots = std::min<int64_t>(kMaxPackedBlocks, static_cast<int64_t>(kPackedFloats) / block_floats);
   schedule.blocks_per_head =
       static_cast<int32_t>(std::min(slots, blocks_looked_at(plan, schedule, queries, slots) + 1));
   // Short inputs are cut finer, so that every thread of a large machine gets something to do.
@@ -159,7 +163,7 @@ Schedule schedule_for(const Plan& plan, const Pass& pass) {
   const int64_t tiles_per_task = std::max<int64_t>(1, tiles / enough_tasks);
   // Many heads take a task of many tiles, or too few query tiles would be left.
   const int64_t wanted_heads = static_cast<int64_t>(std::sqrt(static_cast<double>(tiles_per_task) / 8));
-  const int64_t kept_heads = slots / schedule.blocks_per_head;
+  const int64_t kept_heads = static_cast<int64_t>(cached_floats()) / block_floats / schedule.blocks_per_head;
   schedule.head_tiles_per_task = static_cast<int32_t>(
       std::clamp<int64_t>(std::min({wanted_heads, kept_heads, schedule.head_tiles}), 1, kMaxHeadTilesPerTask));
   const int64_t most_query_tiles =
