@@ -142,9 +142,11 @@ inline TileLayout layout_of(const Call& call, const Pass& pass, const QueryTile&
 
 // Distance of row `row` from the tile's first row, in the query tensor and in the output.
 inline int64_t row_offset(const Problem& problem, const QueryTile& tile, const TileLayout& layout, int row) {
-  const int query = row % tile.query_count;
+  // Without a division for every row of one head.
+  const int head = row < tile.query_count ? 0 : row / tile.query_count;
+  const int query = row - head * tile.query_count;
   const int64_t steps = layout.listed_rows != nullptr ? layout.listed_rows[query] : query;
-  return steps * layout.query_stride + row / tile.query_count * problem.head_dim;
+  return steps * layout.query_stride + head * problem.head_dim;
 }
 
 // How products are computed. Queries, keys, values and weights are arrays of 32-bit cells: here one number each.
@@ -202,10 +204,13 @@ inline void accumulate(const float* weights, const float* value, int64_t value_s
   const int vectors = vectors_for(head_dim);
   const int last_lanes = static_cast<int>(head_dim - (vectors - 1) * kWidth);
   const int pieces = (vectors + Simd::kTileVectors - 1) / Simd::kTileVectors;
+  int end = 0;
   for (int piece = 0; piece < pieces; ++piece) {
-    const int begin = vectors * piece / pieces;
-    const int count = vectors * (piece + 1) / pieces - begin;
-    const bool partial = piece == pieces - 1 && last_lanes < kWidth;
+    const int begin = end;
+    // The usual case, one piece, without a division.
+    end = piece == pieces - 1 ? vectors : vectors * (piece + 1) / pieces;
+    const int count = end - begin;
+    const bool partial = end == vectors && last_lanes < kWidth;
     const float* from = value + begin * kWidth;
     float* to = output + begin * kWidth;
     const auto run = [&](auto tile_function) {

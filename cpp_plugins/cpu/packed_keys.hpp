@@ -11,6 +11,8 @@ namespace {
 
 // Floats to ask for at a time.
 constexpr int64_t kPieceAhead = 4 * kCacheLine;
+// Into the second-level cache: what the next tile needs would push out of the first what this one works with.
+constexpr int kSecondLevel = 2;
 
 template <bool kForWriting>
 inline void advance(Prefetch& prefetch) {
@@ -18,7 +20,7 @@ inline void advance(Prefetch& prefetch) {
   const float* from = prefetch.row + prefetch.done;
   const int64_t left = prefetch.width - prefetch.done;
   for (int64_t d = 0; d < (left < kPieceAhead ? left : kPieceAhead); d += kCacheLine) {
-    __builtin_prefetch(from + d, kForWriting);
+    __builtin_prefetch(from + d, kForWriting, kSecondLevel);
   }
   prefetch.done += kPieceAhead;
   if (prefetch.done < prefetch.width) return;
