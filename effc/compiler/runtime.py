@@ -365,7 +365,7 @@ def _native_library(providers: Sequence[Any]) -> Path | None:
     names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
     if native_kernels.CUDA_PROVIDER not in names:
         return loadable_native_library()
-    library = native_kernels.cuda_library_path()
+    library = native_kernels.library_path(native_kernels.CUDA_PROVIDER)
     if library is None and os.environ.get("EFFC_NATIVE") != "0":
         try:
             native_kernels.native_library(native_kernels.CUDA_PROVIDER)

@@ -1,8 +1,8 @@
 """Where effc's native kernels are and which of them this machine would run.
 
 The kernels live in one shared library of ONNX Runtime custom operators. A session that registers it runs
-``effc::SparseAttention``, ``effc::LinearAttention`` and ``effc::BlockTopKAttention`` natively; without it the same
-model runs through the operators' function bodies::
+``effc::SparseAttention``, ``effc::LinearAttention``, ``effc::BlockTopKAttention`` and ``effc::CachedAttention``
+natively; without it the same model runs through the operators' function bodies::
 
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(effc.native_library())
@@ -22,35 +22,60 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from effc.errors import MissingDependencyError, UsageError
 
-_FILE_NAME = "libeffc_cpu.dylib" if sys.platform == "darwin" else "libeffc_cpu.so"
-
-CUDA_PROVIDER = "CUDAExecutionProvider"
-_CUDA_FILE_NAME = "libeffc_cuda.so"
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-def library_path() -> Path | None:
+@dataclass(frozen=True)
+class _Library:
+    """Effc's operators for one execution provider.
+
+    Attributes:
+        file_name: in the package.
+        variable: of the environment, which names another file.
+        missing, remedy: what is said where there is none.
+    """
+
+    file_name: str
+    variable: str
+    missing: str
+    remedy: str
+
+    def path(self) -> Path | None:
+        if _disabled():
+            return None
+        override = os.environ.get(self.variable)
+        path = Path(override) if override else Path(__file__).parent / "lib" / self.file_name
+        return path.resolve() if path.is_file() else None
+
+
+_LIBRARIES = {
+    CPU_PROVIDER: _Library(
+        "libeffc_cpu.dylib" if sys.platform == "darwin" else "libeffc_cpu.so",
+        "EFFC_NATIVE_LIBRARY",
+        "effc's native kernels are not installed.",
+        "Reinstall effc where g++ or clang and CMake are available: pip install --force-reinstall effc.",
+    ),
+    CUDA_PROVIDER: _Library(
+        "libeffc_cuda.so",
+        "EFFC_CUDA_LIBRARY",
+        "effc's operators for ONNX Runtime's CUDA provider were not built.",
+        "Where nvcc is: cmake -S . -B build -DEFFC_CUDA=ON && cmake --build build --target effc_cuda, and name the "
+        "file in EFFC_CUDA_LIBRARY.",
+    ),
+}
+
+
+def library_path(provider: str = CPU_PROVIDER) -> Path | None:
     """The native library's file, or None if it is disabled or was not built."""
-    if os.environ.get("EFFC_NATIVE") == "0":
-        return None
-    override = os.environ.get("EFFC_NATIVE_LIBRARY")
-    path = Path(override) if override else Path(__file__).parent / "lib" / _FILE_NAME
-    return path.resolve() if path.is_file() else None
+    return _LIBRARIES[provider].path()
 
 
-def cuda_library_path() -> Path | None:
-    """The file of the operators for ONNX Runtime's CUDA provider, or None if it is disabled or was not built."""
-    if os.environ.get("EFFC_NATIVE") == "0":
-        return None
-    override = os.environ.get("EFFC_CUDA_LIBRARY")
-    path = Path(override) if override else Path(__file__).parent / "lib" / _CUDA_FILE_NAME
-    return path.resolve() if path.is_file() else None
-
-
-def native_library(provider: str = "CPUExecutionProvider") -> str:
+def native_library(provider: str = CPU_PROVIDER) -> str:
     """The native library's file, for ``SessionOptions.register_custom_ops_library``.
 
     Args:
@@ -61,48 +86,26 @@ def native_library(provider: str = "CPUExecutionProvider") -> str:
         MissingDependencyError: if there is none; the message says how to get one.
         UsageError: if effc has no kernels for the provider.
     """
-    if provider == CUDA_PROVIDER:
-        return _cuda_library()
-    if provider != "CPUExecutionProvider":
-        raise UsageError(
-            f"effc has no kernels for '{provider}'.", f"Name CPUExecutionProvider or {CUDA_PROVIDER}, or do without."
-        )
-    path = library_path()
+    library = _LIBRARIES.get(provider)
+    if library is None:
+        raise UsageError(f"effc has no kernels for '{provider}'.", f"Name {' or '.join(_LIBRARIES)}, or do without.")
+    path = library.path()
     if path is not None:
         return str(path)
-    if os.environ.get("EFFC_NATIVE") == "0":
+    if _disabled():
         raise MissingDependencyError(
             "effc's native kernels are disabled by EFFC_NATIVE=0.", "Unset that variable to use them."
         )
-    override = os.environ.get("EFFC_NATIVE_LIBRARY")
+    override = os.environ.get(library.variable)
     if override:
         raise MissingDependencyError(
-            f"EFFC_NATIVE_LIBRARY names '{override}', which is not a file.", "Correct it or unset it."
+            f"{library.variable} names '{override}', which is not a file.", "Correct it or unset it."
         )
-    raise MissingDependencyError(
-        "effc's native kernels are not installed.",
-        "Reinstall effc where g++ or clang and CMake are available: pip install --force-reinstall effc.",
-    )
+    raise MissingDependencyError(library.missing, library.remedy)
 
 
-def _cuda_library() -> str:
-    path = cuda_library_path()
-    if path is not None:
-        return str(path)
-    override = os.environ.get("EFFC_CUDA_LIBRARY")
-    if os.environ.get("EFFC_NATIVE") == "0":
-        raise MissingDependencyError(
-            "effc's native kernels are disabled by EFFC_NATIVE=0.", "Unset that variable to use them."
-        )
-    if override:
-        raise MissingDependencyError(
-            f"EFFC_CUDA_LIBRARY names '{override}', which is not a file.", "Correct it or unset it."
-        )
-    raise MissingDependencyError(
-        "effc's operators for ONNX Runtime's CUDA provider were not built.",
-        "Where nvcc is: cmake -S . -B build -DEFFC_CUDA=ON && cmake --build build --target effc_cuda, and name the "
-        "file in EFFC_CUDA_LIBRARY.",
-    )
+def _disabled() -> bool:
+    return os.environ.get("EFFC_NATIVE") == "0"
 
 
 def isa() -> str:
