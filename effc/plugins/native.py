@@ -28,6 +28,7 @@ from pathlib import Path
 from effc.errors import MissingDependencyError, UsageError
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+_DIRECTORY = Path(__file__).parent / "lib"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class _Library:
         if _disabled():
             return None
         override = os.environ.get(self.variable)
-        path = Path(override) if override else Path(__file__).parent / "lib" / self.file_name
+        path = Path(override) if override else _DIRECTORY / self.file_name
         return path.resolve() if path.is_file() else None
 
 

@@ -43,7 +43,7 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependencyError, match="not a file"):
         native.native_library()
     monkeypatch.delenv("EFFC_NATIVE_LIBRARY")
-    monkeypatch.setattr(native, "_FILE_NAME", "nothing.so")
+    monkeypatch.setattr(native, "_DIRECTORY", tmp_path)
     with pytest.raises(MissingDependencyError, match="pip install"):
         native.native_library()
 
