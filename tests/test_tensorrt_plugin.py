@@ -96,8 +96,8 @@ def library(tmp_path_factory) -> Path:
     for folder in ("pattern", "tensorrt"):
         shutil.copytree(CHECKOUT / "cpp_plugins" / folder, sources / folder)
     (sources / "cuda").mkdir()
-    for header in ("sparse_attention.hpp", "linear_attention.hpp"):
-        shutil.copy(CHECKOUT / "cpp_plugins/cuda" / header, sources / "cuda")
+    for header in ("attention_tensors", "sparse_attention", "linear_attention", "device_capability"):
+        shutil.copy(CHECKOUT / "cpp_plugins/cuda" / f"{header}.hpp", sources / "cuda")
     shutil.copy(CHECKOUT / "tests/native/standin_kernels.cu", sources / "cuda")
     found = tensorrt_library.find_compiler()
     compiler = tensorrt_library.PluginCompiler(found.nvcc, found.include, sources)

@@ -6,10 +6,6 @@
 namespace effc::cpu {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // What the choice of one key/value head of one batch entry looks at.
 class Head {
  public:

@@ -1,11 +1,11 @@
 // What the shared library exports: the entry point that ONNX Runtime calls, and two functions for Python and
 // benchmarks.
 #include <cstdlib>
-#include <mutex>
 #include <string>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/linear_attention_op.hpp"
+#include "cpu/op_support.hpp"
 #include "cpu/ort_abi.hpp"
 #include "cpu/sparse_attention_op.hpp"
 #include "cpu/topk_blocks_op.hpp"
@@ -37,20 +37,8 @@ EFFC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
                                 ". Upgrade onnxruntime, or run without the library (EFFC_NATIVE=0).";
     return base->GetApi(1)->CreateStatus(ort::kNotImplemented, message.c_str());
   }
-  // ONNX Runtime keeps a pointer to the domain for as long as any session lives, so it is never released; one is
-  // enough.
-  static std::mutex mutex;
-  static ort::CustomOpDomain* domain = nullptr;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (domain == nullptr) {
-    ort::CustomOpDomain* created = nullptr;
-    if (ort::Status* status = api->CreateCustomOpDomain("effc", &created)) return status;
-    for (const ort::CustomOp* op : {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api), cpu::topk_blocks_op(*api)}) {
-      if (ort::Status* status = api->CustomOpDomain_Add(created, op)) return status;
-    }
-    domain = created;
-  }
-  return api->AddCustomOpDomain(options, domain);
+  return cpu::register_domain(
+      *api, options, {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api), cpu::topk_blocks_op(*api)});
 }
 
 // The instruction set that would run here: "avx512", "avx2" or "portable"; "" if EFFC_ISA cannot be met.

@@ -71,10 +71,7 @@ class LinearAttentionKernel {
     problem.map = map_;
     problem.causal = attributes_.causal;
     problem.features = check_maps(problem, first_map, second_map);
-    if (problem.causal && problem.q_len > problem.kv_len) {
-      refuse("there are " + std::to_string(problem.q_len) + " queries and " + std::to_string(problem.kv_len) +
-             " keys. Causal queries are the last positions of the keys, so pass past and present keys together.");
-    }
+    if (problem.causal && problem.q_len > problem.kv_len) refuse_queries_before_keys(problem, "Causal queries");
     if (problem.batch == 0 || problem.q_len == 0) return;
 
     const std::vector<float> query_map = prepared_map(problem, first_map, problem.num_heads);

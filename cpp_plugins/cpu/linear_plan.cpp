@@ -16,10 +16,6 @@ constexpr int64_t kMostStates = 16;
 constexpr int64_t kQueriesPerTask = 512;
 constexpr int64_t kStateBytesPerTask = 1 << 19;
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // States of every key/value head, `count` for each.
 class States {
  public:

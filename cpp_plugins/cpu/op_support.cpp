@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <mutex>
 
 #include "pattern/pattern.hpp"
 
@@ -195,6 +196,11 @@ AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* conte
   return call;
 }
 
+void refuse_queries_before_keys(const AttentionCall& call, const char* queries) {
+  refuse("there are " + std::to_string(call.q_len) + " queries and " + std::to_string(call.kv_len) + " keys. " +
+         queries + " are the last positions of the keys, so pass past and present keys together.");
+}
+
 void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_t count,
                   const std::function<void(int64_t)>& task) {
   const auto call = [](void* task_pointer, size_t n) {
@@ -209,6 +215,24 @@ ort::Status* infer_output_like_query(const ort::Api& api, ort::ShapeInferContext
   // An input of unknown shape is no error.
   if (!succeeded(api, api.ShapeInferContext_GetInputTypeShape(context, 0, &query)) || query == nullptr) return nullptr;
   return api.ShapeInferContext_SetOutputTypeShape(context, 0, query);
+}
+
+ort::Status* register_domain(const ort::Api& api, ort::SessionOptions* options,
+                             const std::vector<const ort::CustomOp*>& operators) {
+  // ONNX Runtime keeps a pointer to the domain for as long as any session lives, so it is never released; one is
+  // enough.
+  static std::mutex mutex;
+  static ort::CustomOpDomain* domain = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (domain == nullptr) {
+    ort::CustomOpDomain* created = nullptr;
+    if (ort::Status* status = api.CreateCustomOpDomain("effc", &created)) return status;
+    for (const ort::CustomOp* op : operators) {
+      if (ort::Status* status = api.CustomOpDomain_Add(created, op)) return status;
+    }
+    domain = created;
+  }
+  return api.AddCustomOpDomain(options, domain);
 }
 
 ort::CustomOp describe_operator() {

@@ -60,12 +60,20 @@ enum AttentionInput : size_t { kQuery, kKey, kValue, kKeyMask, kAttentionInputCo
 AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* context,
                                   const AttentionAttributes& attributes, int64_t max_head_dim);
 
+// Refuses a call with more queries than keys; `queries` are those that may not stand before the first key.
+[[noreturn]] void refuse_queries_before_keys(const AttentionCall& call, const char* queries = "The queries");
+
 // Calls task(n) for every n < count on the session's threads.
 void parallel_for(const ort::Api& api, const ort::KernelContext* context, int64_t count,
                   const std::function<void(int64_t)>& task);
 
 // Output `index` gets the type and shape of the query, symbolic dimensions included.
 ort::Status* infer_output_like_query(const ort::Api& api, ort::ShapeInferContext* context);
+
+// Registers the operators, as domain effc, with the session that `options` will create. A library has one such domain:
+// the operators of the first call are those of all others.
+ort::Status* register_domain(const ort::Api& api, ort::SessionOptions* options,
+                             const std::vector<const ort::CustomOp*>& operators);
 
 // An operator's description without its inputs, outputs and functions (see operator_glue.hpp).
 ort::CustomOp describe_operator();

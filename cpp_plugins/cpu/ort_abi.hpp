@@ -25,7 +25,7 @@ struct TensorTypeAndShapeInfo;
 struct Value;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9, kRuntimeException = 6 };
-enum ElementType : int { kFloat = 1, kBool = 9 };
+enum ElementType : int { kAnyType = 0, kFloat = 1, kInt8 = 3, kInt64 = 7, kBool = 9, kHalf = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -40,7 +40,8 @@ struct Api {
   Status* (*AddCustomOpDomain)(SessionOptions* options, CustomOpDomain* domain);
   void* skipped_29[22];
   Status* (*GetTensorMutableData)(Value* value, void** out);
-  void* skipped_52[9];
+  void* skipped_52[8];
+  Status* (*GetTensorElementType)(const TensorTypeAndShapeInfo* info, ElementType* out);
   Status* (*GetDimensionsCount)(const TensorTypeAndShapeInfo* info, size_t* out);
   Status* (*GetDimensions)(const TensorTypeAndShapeInfo* info, int64_t* dimensions, size_t count);
   void* skipped_63[2];
@@ -113,6 +114,7 @@ struct CustomOp {
   ENTRY(CustomOpDomain_Add, 27)                    \
   ENTRY(AddCustomOpDomain, 28)                     \
   ENTRY(GetTensorMutableData, 51)                  \
+  ENTRY(GetTensorElementType, 60)                  \
   ENTRY(GetDimensionsCount, 61)                    \
   ENTRY(GetDimensions, 62)                         \
   ENTRY(GetTensorTypeAndShape, 65)                 \

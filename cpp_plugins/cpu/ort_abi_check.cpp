@@ -29,5 +29,9 @@ static_assert(effc::ort::kInvalidArgument == static_cast<int>(ORT_INVALID_ARGUME
 static_assert(effc::ort::kNotImplemented == static_cast<int>(ORT_NOT_IMPLEMENTED));
 static_assert(effc::ort::kRuntimeException == static_cast<int>(ORT_RUNTIME_EXCEPTION));
 static_assert(effc::ort::kFloat == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+static_assert(effc::ort::kAnyType == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED));
+static_assert(effc::ort::kInt8 == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8));
+static_assert(effc::ort::kInt64 == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64));
 static_assert(effc::ort::kBool == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL));
+static_assert(effc::ort::kHalf == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16));
 static_assert(effc::ort::kOptional == static_cast<int>(INPUT_OUTPUT_OPTIONAL));

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <thread>
 
 #include "cpu/denormals.hpp"
+#include "cpu/thread_workspace.hpp"
 
 namespace effc::cpu {
 namespace {
@@ -19,15 +19,7 @@ constexpr int64_t kMaxQueryTilesPerTask = 32;
 constexpr int64_t kMaxHeadTilesPerTask = 4;
 constexpr int64_t kTasksPerThread = 4;
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Floats for keys and values that lie side by side: 16 thousand keys of 64. What does not fit into the second-level
-// cache is still read faster side by side than a page apart, and memory that is not used is never touched.
-constexpr size_t kPackedFloats = (8 << 20) / sizeof(float);
-
-// Of which the second-level cache keeps so many: half of it.
+// Floats of keys and values side by side that the second-level cache keeps: half of it.
 size_t cached_floats() {
   static const size_t floats = [] {
     constexpr size_t kUsual = 1 << 20;
@@ -42,40 +34,6 @@ size_t cached_floats() {
   return floats;
 }
 static_assert(2 * kKeyTile * kMaxHeadDim <= kPackedFloats, "one block always fits");
-
-class ThreadWorkspace {
- public:
-  ThreadWorkspace() : workspace_{} {}
-  ThreadWorkspace(const ThreadWorkspace&) = delete;
-  ThreadWorkspace& operator=(const ThreadWorkspace&) = delete;
-  ~ThreadWorkspace() { std::free(workspace_.memory); }
-
-  // The workspace with nothing in it, or null if there is no memory.
-  Workspace* get() {
-    float* memory = workspace_.memory;
-    if (memory == nullptr) {
-      void* allocated = nullptr;
-      const size_t floats = kWorkspaceFloats + kPackedFloats;
-      if (posix_memalign(&allocated, kWorkspaceAlignment, floats * sizeof(float)) != 0) return nullptr;
-      memory = static_cast<float*>(allocated);
-    }
-    workspace_ = Workspace{};
-    workspace_.memory = memory;
-    workspace_.packed_memory = memory + kWorkspaceFloats;
-    workspace_.blocks_per_head = 1;
-    std::fill(workspace_.packed, workspace_.packed + kMaxPackedBlocks, -1);
-    return &workspace_;
-  }
-
- private:
-  Workspace workspace_;
-};
-
-// Kept for the life of the thread: a task is too short to allocate for.
-Workspace* thread_workspace() {
-  static thread_local ThreadWorkspace workspace;
-  return workspace.get();
-}
 
 // How many queries a subsequence holds. The first one holds the most.
 int64_t queries_of(const Problem& problem, const Schedule& schedule, int64_t subsequence) {

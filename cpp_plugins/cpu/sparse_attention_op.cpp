@@ -73,10 +73,7 @@ class SparseAttentionKernel {
  private:
   void check_extra_inputs(const AttentionCall& call, const Tensor& marks, const Tensor& bias,
                           const Tensor& slope) const {
-    if (call.kv_len < call.q_len && !knows_negative_positions(split_)) {
-      refuse("there are " + std::to_string(call.q_len) + " queries and " + std::to_string(call.kv_len) +
-             " keys. The queries are the last positions of the keys, so pass past and present keys together.");
-    }
+    if (call.kv_len < call.q_len && !knows_negative_positions(split_)) refuse_queries_before_keys(call);
     if (marks.given && marks.shape != std::vector<int64_t>{call.batch, call.kv_len}) {
       refuse("marks has shape " + text_of(marks.shape) +
              "; it must be [batch, kv_len] = " + text_of({call.batch, call.kv_len}) + ".");

@@ -62,10 +62,7 @@ class BlockTopKAttentionKernel {
   void compute(ort::KernelContext* context) const {
     Problem problem{};
     static_cast<AttentionCall&>(problem) = read_attention_call(api_, context, attributes_, kMaxHeadDim);
-    if (problem.kv_len < problem.q_len) {
-      refuse("there are " + std::to_string(problem.q_len) + " queries and " + std::to_string(problem.kv_len) +
-             " keys. The queries are the last positions of the keys, so pass past and present keys together.");
-    }
+    if (problem.kv_len < problem.q_len) refuse_queries_before_keys(problem);
     if (problem.batch == 0 || problem.q_len == 0) return;
     const ParallelFor run = [&](int64_t count, const std::function<void(int64_t)>& task) {
       parallel_for(api_, context, count, task);

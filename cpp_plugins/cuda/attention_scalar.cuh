@@ -12,7 +12,6 @@ constexpr int kScalarWarps = 4;
 constexpr int kScalarKeys = 64;  // keys per round of the online softmax, two per lane
 constexpr int kScalarThreads = kScalarWarps * kWarpSize;
 constexpr TileSize kScalarTile = {kScalarWarps, kScalarKeys};
-constexpr int kScalarMaxHeadDim = 512;
 
 // Per warp: the query, and the weights of one round.
 inline size_t scalar_shared_bytes(int64_t head_dim) {
@@ -53,7 +52,7 @@ attend_rows(EFFC_CONSTANT Call call) {
   __syncwarp();
 
   // Lane l sums up the outputs l, l + 32, ...
-  constexpr int kOutputsPerLane = kScalarMaxHeadDim / kWarpSize;
+  constexpr int kOutputsPerLane = kMaxHeadDim / kWarpSize;
   float output[kOutputsPerLane] = {};
   float largest = -INFINITY, sum = 0.0f;
 

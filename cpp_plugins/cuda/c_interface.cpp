@@ -2,11 +2,15 @@
 #include <string>
 
 #include "cuda/linear_attention.hpp"
+#include "cuda/sparse_attention.hpp"
 #include "pattern/parse.hpp"
 
 #define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
+
+using effc::AttentionSizes;
+using effc::cuda::AttentionTensors;
 
 // The build is for the device at hand, whatever that is; launch fails on an older one.
 constexpr int kOldestCapability = 80;
@@ -32,21 +36,13 @@ EFFC_EXPORT const char* effc_cuda_sparse_attention(const void* query, const void
                                                    int64_t kv_num_heads, int64_t head_dim, float scale, int number,
                                                    const char* pattern, int causal, void* stream) {
   static std::string message;
+  const AttentionSizes sizes = {batch, q_len, kv_len, num_heads, kv_num_heads, head_dim};
   effc::cuda::SparseAttention problem{};
   message = effc::parse_pattern(pattern, causal != 0, problem.pattern);
   if (!message.empty()) return message.c_str();
-  problem.query = query;
-  problem.key = key;
-  problem.value = value;
-  problem.output = output;
-  problem.batch = batch;
-  problem.q_len = q_len;
-  problem.kv_len = kv_len;
-  problem.num_heads = num_heads;
-  problem.kv_num_heads = kv_num_heads;
-  problem.head_dim = head_dim;
+  static_cast<AttentionTensors&>(problem) = {
+      sizes, query, key, value, nullptr, output, static_cast<effc::cuda::Number>(number)};
   problem.scale = scale;
-  problem.number = static_cast<effc::cuda::Number>(number);
   return queue(problem, workspace, workspace_bytes, stream);
 }
 
@@ -58,23 +54,15 @@ EFFC_EXPORT const char* effc_cuda_linear_attention(const void* query, const void
                                                    int64_t kv_len, int64_t num_heads, int64_t kv_num_heads,
                                                    int64_t head_dim, int number, int map, int causal, void* stream) {
   const int64_t state_size = batch * kv_num_heads * head_dim * head_dim;
+  const AttentionSizes sizes = {batch, q_len, kv_len, num_heads, kv_num_heads, head_dim};
   effc::cuda::LinearAttention problem{};
-  problem.query = query;
-  problem.key = key;
-  problem.value = value;
-  problem.output = output;
+  static_cast<AttentionTensors&>(problem) = {
+      sizes, query, key, value, nullptr, output, static_cast<effc::cuda::Number>(number)};
   problem.past_state = past;
   problem.past_normaliser = past == nullptr ? nullptr : past + state_size;
   problem.present_state = present;
   problem.present_normaliser = present == nullptr ? nullptr : present + state_size;
-  problem.batch = batch;
-  problem.q_len = q_len;
-  problem.kv_len = kv_len;
-  problem.num_heads = num_heads;
-  problem.kv_num_heads = kv_num_heads;
-  problem.head_dim = head_dim;
   problem.map = static_cast<effc::cuda::FeatureMap>(map);
   problem.causal = causal != 0;
-  problem.number = static_cast<effc::cuda::Number>(number);
   return queue(problem, workspace, workspace_bytes, stream);
 }

@@ -1,6 +1,5 @@
 // Chooses kernels for a problem of linear attention and queues them.
-#include <initializer_list>
-
+#include "cuda/dispatch.cuh"
 #include "cuda/linear_attention.hpp"
 #include "cuda/linear_kernels.hpp"
 #include "cuda/linear_scalar.cuh"
@@ -11,8 +10,6 @@
 namespace effc::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 2147483647;
-
 struct HeadSize {
   int head_dim;
   int (*launch)(const LinearCall&, void*);
@@ -20,21 +17,7 @@ struct HeadSize {
 constexpr HeadSize kHeadSizes[] = {{32, launch_linear<32>}, {64, launch_linear<64>},   {80, launch_linear<80>},
                                    {96, launch_linear<96>}, {128, launch_linear<128>}, {256, launch_linear<256>}};
 
-// The smallest that fits, or null if tensor cores do not take this problem.
-const HeadSize* head_size_for(const LinearAttention& problem) {
-  constexpr uintptr_t kCopyBytes = 16;
-  constexpr int kNumbersPerCopy = 8;
-  if (problem.number == Number::kFloat || problem.head_dim % kNumbersPerCopy != 0) return nullptr;
-  for (const void* tensor : {problem.query, problem.key, problem.value, static_cast<const void*>(problem.output)}) {
-    if (reinterpret_cast<uintptr_t>(tensor) % kCopyBytes != 0) return nullptr;
-  }
-  for (const HeadSize& size : kHeadSizes) {
-    if (problem.head_dim <= size.head_dim) return &size;
-  }
-  return nullptr;
-}
-
-// float has no tensor cores here, and its head_size_for is null.
+// float has no tensor cores here.
 template <class T>
 int launch_sums(const LinearCall& call, void* stream) {
   return launch_kernel(sum_keys<T>, sums_blocks(call), SumsShape::kThreads, sizeof(SharedSums<T>), stream, call);
@@ -73,7 +56,7 @@ int launch_kernels(const LinearAttention& problem, void* workspace, void* stream
   if (is_step(problem)) {
     return launch_kernel(step_linear<T>, step_blocks(problem), kStepThreads, sizeof(SharedStep), stream, call);
   }
-  const HeadSize* size = head_size_for(problem);
+  const HeadSize* size = tensor_cores_for(problem, kHeadSizes);
   call.schedule = linear_schedule_for(problem, size == nullptr ? sizeof(float) : sizeof(T), workspace);
   return size == nullptr ? launch_plainly<T>(call, stream) : launch_tensor_cores<T>(call, *size, stream);
 }
@@ -81,17 +64,7 @@ int launch_kernels(const LinearAttention& problem, void* workspace, void* stream
 }  // namespace
 
 const char* refusal(const LinearAttention& problem, int capability) {
-  if (capability < 80) return "effc's CUDA kernels need a device of compute capability 8.0 or newer.";
-  if (problem.batch < 0 || problem.q_len < 0 || problem.kv_len < 0) return "a dimension is negative.";
-  if (problem.q_len > kMaxLength || problem.kv_len > kMaxLength) {
-    return "sequences longer than 536870912 are not supported.";
-  }
-  if (problem.num_heads < 1 || problem.kv_num_heads < 1 || problem.num_heads % problem.kv_num_heads != 0) {
-    return "num_heads must be a multiple of kv_num_heads, and both at least 1.";
-  }
-  if (problem.head_dim < 1 || problem.head_dim > kLinearMaxHeadDim) {
-    return "head_dim must be 1 to 512. Leave this layer to the function body.";
-  }
+  if (const char* reason = size_refusal(problem, capability)) return reason;
   if (problem.causal && problem.q_len > problem.kv_len) {
     return "there are more queries than keys. Causal queries are the last positions of the keys, so pass past and "
            "present keys together.";
@@ -104,7 +77,7 @@ const char* refusal(const LinearAttention& problem, int capability) {
   const int64_t parts = divide_up(problem.head_dim, kFeaturesOfWarp) * divide_up(problem.head_dim, kWarpSize);
   const int64_t sums = problem.batch * problem.kv_num_heads * (divide_up(problem.kv_len, kSegment) + 1) * parts;
   if (row_blocks > kMaxBlocks || sums > kMaxBlocks || state_blocks({problem, {}}) > kMaxBlocks) {
-    return "the problem has too many rows for one launch. Use a smaller batch.";
+    return kTooManyBlocks;
   }
   return nullptr;
 }
@@ -112,15 +85,8 @@ const char* refusal(const LinearAttention& problem, int capability) {
 int launch(const LinearAttention& problem, void* workspace, void* stream) {
   // Without queries there may still be a state to write.
   if (problem.batch == 0 || (problem.q_len == 0 && problem.present_state == nullptr)) return 0;
-  switch (problem.number) {
-    case Number::kFloat:
-      return launch_kernels<float>(problem, workspace, stream);
-    case Number::kHalf:
-      return launch_kernels<Half>(problem, workspace, stream);
-    case Number::kBFloat16:
-      return launch_kernels<BFloat16>(problem, workspace, stream);
-  }
-  return 1;  // cudaErrorInvalidValue
+  return launch_for(problem.number,
+                    [&](auto number) { return launch_kernels<decltype(number)>(problem, workspace, stream); });
 }
 
 }  // namespace effc::cuda

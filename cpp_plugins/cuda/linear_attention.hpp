@@ -5,7 +5,7 @@
 // over the visible keys j, if causal j <= i; a row whose denominator is zero is zero (Katharopoulos et al., 2020).
 #pragma once
 
-#include "cuda/sparse_attention.hpp"
+#include "cuda/attention_tensors.hpp"
 
 namespace effc::cuda {
 
@@ -14,29 +14,16 @@ enum class FeatureMap : int32_t {
   kRelu,  // max(x, 0)
 };
 
-// Tensors as in SparseAttention. Causal queries are the last q_len of the kv_len positions. The states are in fp32,
-// [batch, kv_num_heads, head_dim, head_dim] by feature and number of the value, the normalisers
-// [batch, kv_num_heads, head_dim]; a past and a present one may not overlap.
-struct LinearAttention {
-  const void* query;
-  const void* key;
-  const void* value;
-  const uint8_t* key_mask;       // or null: every key may be attended
+// Causal queries are the last q_len of the kv_len positions. The states are in fp32, [batch, kv_num_heads, head_dim,
+// head_dim] by feature and number of the value, the normalisers [batch, kv_num_heads, head_dim]; a past and a present
+// one may not overlap.
+struct LinearAttention : AttentionTensors {
   const float* past_state;       // S of what lies before the first key, or null: nothing does
   const float* past_normaliser;  // z of it; given if past_state is
   float* present_state;          // S behind the last key, or null: not wanted
   float* present_normaliser;     // given if present_state is
-  void* output;
-
-  int64_t batch;
-  int64_t q_len;
-  int64_t kv_len;
-  int64_t num_heads;
-  int64_t kv_num_heads;
-  int64_t head_dim;
   FeatureMap map;
   bool causal;
-  Number number;
 };
 
 // As those of SparseAttention: null or what stands against a problem; the bytes of workspace, which never shrink as

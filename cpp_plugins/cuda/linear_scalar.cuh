@@ -8,7 +8,6 @@ namespace effc::cuda {
 
 constexpr int kLinearWarps = 4;
 constexpr int kLinearThreads = kLinearWarps * kWarpSize;
-constexpr int kLinearMaxHeadDim = 512;
 constexpr int kFeaturesOfWarp = 8;
 
 inline int64_t scalar_sums_blocks(const LinearCall& call) {
@@ -91,7 +90,7 @@ attend_linear_rows(EFFC_CONSTANT LinearCall call) {
   __syncwarp();
 
   // Lane l sums up the outputs l, l + 32, ...
-  constexpr int kOutputsPerLane = kLinearMaxHeadDim / kWarpSize;
+  constexpr int kOutputsPerLane = kMaxHeadDim / kWarpSize;
   float output[kOutputsPerLane] = {};
   float denominator = 0.0f;
   const auto add = [&](float weight, const auto* numbers) {

@@ -56,10 +56,6 @@ int64_t block_count(const SparseAttention& problem, const Schedule& schedule);
 // Bytes of workspace that a schedule of this problem may need at most, whatever the device. Grows with every size.
 size_t most_workspace_bytes(const SparseAttention& problem);
 
-EFFC_HD int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // The tile of block number `block`. Splits run fastest, then heads, because they read the same keys; the last queries
 // come first, since in a causal problem they see the most keys and would otherwise keep the device waiting at the end.
 EFFC_HD QueryTile query_tile(const SparseAttention& problem, const Schedule& schedule, uint32_t block) {

@@ -1,16 +1,13 @@
 // Chooses a kernel for a problem and queues it.
-#include <initializer_list>
-
 #include "cuda/attention_merge.cuh"
 #include "cuda/attention_scalar.cuh"
+#include "cuda/dispatch.cuh"
 #include "cuda/kernels.hpp"
 #include "cuda/sparse_attention.hpp"
 #include "cuda/tile_shapes.hpp"
 
 namespace effc::cuda {
 namespace {
-
-constexpr int64_t kMaxBlocks = 2147483647;
 
 // The kernels for heads of up to so many numbers.
 struct HeadSize {
@@ -23,24 +20,6 @@ constexpr HeadSize kHeadSizes[] = {
     {80, tile_kernel<80>, launch_tiles<80>},    {96, tile_kernel<96>, launch_tiles<96>},
     {128, tile_kernel<128>, launch_tiles<128>}, {256, tile_kernel<256>, launch_tiles<256>},
 };
-
-// The smallest that fits, or null if tensor cores do not take this problem.
-const HeadSize* head_size_for(const SparseAttention& problem) {
-  constexpr int kNumbersPerCopy = 8;
-  if (problem.number == Number::kFloat || problem.head_dim % kNumbersPerCopy != 0) return nullptr;
-  for (const HeadSize& size : kHeadSizes) {
-    if (problem.head_dim <= size.head_dim) return &size;
-  }
-  return nullptr;
-}
-
-bool can_be_copied(const SparseAttention& problem) {
-  constexpr uintptr_t kCopyBytes = 16;
-  for (const void* tensor : {problem.query, problem.key, problem.value, static_cast<const void*>(problem.output)}) {
-    if (reinterpret_cast<uintptr_t>(tensor) % kCopyBytes != 0) return false;
-  }
-  return true;
-}
 
 // All queries of a group of heads fit into the smaller tile.
 TileVariant variant_for(const SparseAttention& problem) {
@@ -63,7 +42,7 @@ int launch_merge(const Call& call, void* stream) {
 template <class T>
 int launch_kernels(Call& call, void* workspace, void* stream) {
   const SparseAttention& problem = call.problem;
-  const HeadSize* head_size = can_be_copied(problem) ? head_size_for(problem) : nullptr;
+  const HeadSize* head_size = tensor_cores_for(problem, kHeadSizes);
   const TileVariant variant = variant_for(problem);
   const TileSize tile_size = head_size == nullptr ? kScalarTile : head_size->kernel(variant).size;
 
@@ -91,17 +70,7 @@ bool knows_negative_positions(const Pattern& pattern) {
 }  // namespace
 
 const char* refusal(const SparseAttention& problem, int capability) {
-  if (capability < 80) return "effc's CUDA kernels need a device of compute capability 8.0 or newer.";
-  if (problem.batch < 0 || problem.q_len < 0 || problem.kv_len < 0) return "a dimension is negative.";
-  if (problem.q_len > kMaxLength || problem.kv_len > kMaxLength) {
-    return "sequences longer than 536870912 are not supported.";
-  }
-  if (problem.num_heads < 1 || problem.kv_num_heads < 1 || problem.num_heads % problem.kv_num_heads != 0) {
-    return "num_heads must be a multiple of kv_num_heads, and both at least 1.";
-  }
-  if (problem.head_dim < 1 || problem.head_dim > kScalarMaxHeadDim) {
-    return "head_dim must be 1 to 512. Leave this layer to the function body.";
-  }
+  if (const char* reason = size_refusal(problem, capability)) return reason;
   if (problem.pattern.term_count < 0 || problem.pattern.term_count > kMaxTerms) {
     return "the pattern has more than 64 terms.";
   }
@@ -118,7 +87,7 @@ const char* refusal(const SparseAttention& problem, int capability) {
   }
   // Of the smallest tiles. Only problems of few blocks are split.
   if (problem.batch * problem.num_heads * divide_up(problem.q_len, kScalarWarps) > kMaxBlocks) {
-    return "the problem has too many rows for one launch. Use a smaller batch.";
+    return kTooManyBlocks;
   }
   return nullptr;
 }
@@ -131,15 +100,8 @@ int launch(const SparseAttention& problem, void* workspace, void* stream) {
   if (problem.batch == 0 || problem.q_len == 0) return 0;
   Call call{};
   call.problem = problem;
-  switch (problem.number) {
-    case Number::kFloat:
-      return launch_kernels<float>(call, workspace, stream);
-    case Number::kHalf:
-      return launch_kernels<Half>(call, workspace, stream);
-    case Number::kBFloat16:
-      return launch_kernels<BFloat16>(call, workspace, stream);
-  }
-  return 1;  // cudaErrorInvalidValue
+  return launch_for(problem.number,
+                    [&](auto number) { return launch_kernels<decltype(number)>(call, workspace, stream); });
 }
 
 }  // namespace effc::cuda

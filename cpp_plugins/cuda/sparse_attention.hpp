@@ -5,44 +5,29 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/attention_tensors.hpp"
 #include "pattern/pattern.hpp"
 
 namespace effc::cuda {
 
 constexpr Position kBlockUnit = 64;
 
-enum class Number : int32_t { kFloat, kHalf, kBFloat16 };
-
-// Row-major device tensors: query and output [batch, q_len, num_heads * head_dim], key and value
-// [batch, kv_len, kv_num_heads * head_dim], all of one number type; key_mask and marks [batch, kv_len] with 0 for
-// false; log_sum_exp [batch, num_heads, q_len], natural logarithm, -infinity where a row sees no key. The queries are
-// the last q_len of the kv_len positions. A row that sees no key gives zeros.
-struct SparseAttention {
-  const void* query;
-  const void* key;
-  const void* value;
-  const uint8_t* key_mask;      // or null: every key may be attended
-  const uint8_t* marks;         // or null: no token is marked
+// The queries are the last q_len of the kv_len positions. A row that sees no key gives zeros.
+struct SparseAttention : AttentionTensors {
+  const uint8_t* marks;         // [batch, kv_len] with 0 for false, or null: no token is marked
   const float* distance_bias;   // [num_heads, 2 * bias_reach + 1] by j - i, added to the scaled scores, or null
   const float* distance_slope;  // [num_heads], times j - i, or null
   // What content-based selection chose, or null: [batch, kv_num_heads, query blocks, key_block_count], numbers of
   // blocks of `block_size` keys, rising, with negative numbers behind the last. The queries of a block see those keys,
   // as far as the pattern lets them. Blocks are cut at multiples of block_size; the first is that of the first query.
   const int32_t* key_blocks;
-  void* output;
-  float* log_sum_exp;  // or null: not wanted
+  // [batch, num_heads, q_len], natural logarithm, -infinity where a row sees no key, or null: not wanted.
+  float* log_sum_exp;
 
-  int64_t batch;
-  int64_t q_len;
-  int64_t kv_len;
-  int64_t num_heads;
-  int64_t kv_num_heads;
-  int64_t head_dim;
   Position bias_reach;
   int32_t key_block_count;  // 0 where there are no key_blocks
   Position block_size;      // of key_blocks, a multiple of kBlockUnit
   float scale;
-  Number number;
   Pattern pattern;
 };
 

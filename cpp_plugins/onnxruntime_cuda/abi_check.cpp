@@ -11,5 +11,4 @@ EFFC_COMPARE(ReleaseAllocator, kReleaseAllocator)
 
 static_assert(offsetof(OrtAllocator, Alloc) == offsetof(effc::ort::Allocator, Alloc));
 static_assert(offsetof(OrtAllocator, Free) == offsetof(effc::ort::Allocator, Free));
-static_assert(effc::ort::kHalf == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16));
 static_assert(effc::ort::kBFloat16 == static_cast<int>(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16));

@@ -15,7 +15,6 @@ struct Allocator {
   void (*Free)(Allocator* self, void* memory);
 };
 
-constexpr ElementType kHalf = static_cast<ElementType>(10);
 constexpr ElementType kBFloat16 = static_cast<ElementType>(16);
 
 constexpr size_t kReleaseAllocator = 132;

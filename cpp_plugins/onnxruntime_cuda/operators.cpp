@@ -1,12 +1,12 @@
 #include "onnxruntime_cuda/operators.hpp"
 
-#include <cuda_runtime_api.h>
-
 #include <cmath>
 #include <string>
 
 #include "cpu/operator_glue.hpp"
+#include "cuda/device_capability.hpp"
 #include "cuda/linear_attention.hpp"
+#include "cuda/sparse_attention.hpp"
 #include "onnxruntime_cuda/device_memory.hpp"
 #include "pattern/parse.hpp"
 
@@ -24,7 +24,6 @@ using cpu::refuse;
 using cpu::Tensor;
 using cpu::text_of;
 
-constexpr int64_t kMaxHeadDim = 512;
 enum Input : size_t { kMarks = cpu::kAttentionInputCount, kDistanceBias, kDistanceSlope };
 enum Output : size_t { kAttention, kLogSumExp };
 
@@ -33,35 +32,21 @@ constexpr Port kNumbers = {
     number == Number::kHalf ? ort::kHalf : (number == Number::kBFloat16 ? ort::kBFloat16 : ort::kFloat),
     ort::kRequired};
 
-// The compute capability of this thread's device as one number.
-int capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    refuse(std::string("this thread's device does not answer: ") + cudaGetErrorString(cudaGetLastError()) + ".");
-  }
-  return 10 * major + minor;
-}
-
 // What both kinds of problems have of the call.
-template <class Problem>
-void read_call(const ort::Api& api, ort::KernelContext* context, const AttentionAttributes& attributes, Number number,
-               Problem& problem) {
+AttentionTensors read_tensors(const ort::Api& api, ort::KernelContext* context, const AttentionAttributes& attributes,
+                              Number number) {
   // The pointers are the device's, whatever the numbers are.
   const AttentionCall call = read_attention_call(api, context, attributes, kMaxHeadDim);
-  problem.query = call.query;
-  problem.key = call.key;
-  problem.value = call.value;
-  problem.key_mask = call.key_mask;
-  problem.output = call.output;
-  problem.batch = call.batch;
-  problem.q_len = call.q_len;
-  problem.kv_len = call.kv_len;
-  problem.num_heads = call.num_heads;
-  problem.kv_num_heads = call.kv_num_heads;
-  problem.head_dim = call.head_dim;
-  problem.number = number;
+  return {call, call.query, call.key, call.value, call.key_mask, call.output, number};
+}
+
+int capability() {
+  int capability = 0;
+  const cudaError_t error = device_capability(capability);
+  if (error != cudaSuccess) {
+    refuse(std::string("this thread's device does not answer: ") + cudaGetErrorString(error) + ".");
+  }
+  return capability;
 }
 
 template <class Problem>
@@ -91,7 +76,7 @@ class SparseAttentionKernel {
 
   void compute(ort::KernelContext* context) const {
     SparseAttention problem{};
-    read_call(api_, context, attributes_, number, problem);
+    static_cast<AttentionTensors&>(problem) = read_tensors(api_, context, attributes_, number);
     problem.pattern = pattern_;
     problem.scale = attributes_.scale != 0 ? attributes_.scale : default_scale(problem.head_dim);
     const Tensor marks = read_input(api_, context, kMarks);
@@ -145,7 +130,7 @@ class LinearAttentionKernel {
 
   void compute(ort::KernelContext* context) const {
     LinearAttention problem{};
-    read_call(api_, context, attributes_, number, problem);
+    static_cast<AttentionTensors&>(problem) = read_tensors(api_, context, attributes_, number);
     problem.map = map_;
     problem.causal = attributes_.causal;
     queue(api_, context, problem);

@@ -84,6 +84,9 @@ EFFC_HD Position smaller(Position a, Position b) {
 EFFC_HD Position larger(Position a, Position b) {
   return a > b ? a : b;
 }
+EFFC_HD int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 EFFC_HD bool is_empty(Range range) {
   return range.end <= range.begin;
 }

@@ -40,9 +40,12 @@ AttentionPlugin::AttentionPlugin(std::string layer, Attributes attributes)
 
 nvinfer1::IPluginCapability* AttentionPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
   switch (type) {
-    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    case PluginCapabilityType::kCORE:
+      return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD:
+      return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME:
+      return static_cast<IPluginV3OneRuntime*>(this);
   }
   return nullptr;
 }
@@ -56,14 +59,14 @@ IPluginV3* AttentionPlugin::clone() noexcept {
 }
 
 int32_t AttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
-                                                  int32_t) const noexcept {
+                                            int32_t) const noexcept {
   outputs[0] = inputs[0];
   return kDone;
 }
 
 int32_t AttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
-                                               const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
-                                               int32_t, nvinfer1::IExprBuilder&) noexcept {
+                                         const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs, int32_t,
+                                         nvinfer1::IExprBuilder&) noexcept {
   if (input_count != attributes_.input_count) {
     complain("it has " + std::to_string(input_count) + " inputs, but its attributes speak of " +
              std::to_string(attributes_.input_count) + " (key_mask and so on are named in 'inputs').");
@@ -73,8 +76,8 @@ int32_t AttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int3
   return kDone;
 }
 
-bool AttentionPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
-                                                      int32_t, int32_t) noexcept {
+bool AttentionPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t,
+                                                int32_t) noexcept {
   const PluginTensorDesc& tensor = tensors[position].desc;
   // Other layouts are offered in turn, which is no fault of the graph.
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
@@ -82,7 +85,7 @@ bool AttentionPlugin::supportsFormatCombination(int32_t position, const DynamicP
 }
 
 int32_t AttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                               const DynamicPluginTensorDesc*, int32_t) noexcept {
+                                         const DynamicPluginTensorDesc*, int32_t) noexcept {
   std::vector<Dims> shapes;
   if (!largest_shapes(inputs, input_count, shapes)) return kDone;
   cuda::SparseAttention problem;
@@ -92,7 +95,7 @@ int32_t AttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, 
 }
 
 size_t AttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                               const DynamicPluginTensorDesc*, int32_t) const noexcept {
+                                         const DynamicPluginTensorDesc*, int32_t) const noexcept {
   std::vector<Dims> shapes;
   cuda::SparseAttention problem;
   if (!largest_shapes(inputs, input_count, shapes) ||
@@ -102,8 +105,8 @@ size_t AttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, 
   return workspace_bytes(attributes_, problem);
 }
 
-int32_t AttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
-                                             const PluginTensorDesc*, int32_t) noexcept {
+int32_t AttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t input_count, const PluginTensorDesc*,
+                                       int32_t) noexcept {
   std::vector<Dims> shapes;
   for (int32_t index = 0; index < input_count; ++index) shapes.push_back(inputs[index].dims);
   cuda::SparseAttention problem;
@@ -113,12 +116,13 @@ int32_t AttentionPlugin::onShapeChange(const PluginTensorDesc* inputs, int32_t i
 }
 
 int32_t AttentionPlugin::enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
-                                       const void* const* inputs, void* const* outputs, void* workspace,
-                                       cudaStream_t stream) noexcept {
+                                 const void* const* inputs, void* const* outputs, void* workspace,
+                                 cudaStream_t stream) noexcept {
   Dims shapes[kRequired + kOptionalCount];
   for (int32_t index = 0; index < attributes_.input_count; ++index) shapes[index] = input_descriptions[index].dims;
   cuda::SparseAttention problem;
-  if (!complain(read_problem(attributes_, shapes, Shapes::kActual, input_descriptions[0].type, problem))) return kFailed;
+  if (!complain(read_problem(attributes_, shapes, Shapes::kActual, input_descriptions[0].type, problem)))
+    return kFailed;
   if (problem.batch == 0 || problem.q_len == 0) return kDone;
 
   const auto input_of = [&](Optional which) -> const void* {
@@ -157,7 +161,7 @@ AttentionCreator::AttentionCreator(Operator op)
     : op_(op), fields_(field_names()), collection_{kFieldCount, fields_.data()} {}
 
 IPluginV3* AttentionCreator::createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
-                                                nvinfer1::TensorRTPhase) noexcept {
+                                          nvinfer1::TensorRTPhase) noexcept {
   try {
     const std::string layer = name == nullptr ? "" : name;
     Attributes attributes;

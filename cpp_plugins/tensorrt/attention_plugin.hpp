@@ -17,9 +17,9 @@ constexpr const char* kPluginVersion = "1";
 constexpr const char* kPluginNamespace = "effc";
 
 class AttentionPlugin final : public nvinfer1::IPluginV3,
-                                    public nvinfer1::IPluginV3OneCore,
-                                    public nvinfer1::IPluginV3OneBuild,
-                                    public nvinfer1::IPluginV3OneRuntime {
+                              public nvinfer1::IPluginV3OneCore,
+                              public nvinfer1::IPluginV3OneBuild,
+                              public nvinfer1::IPluginV3OneRuntime {
  public:
   AttentionPlugin(std::string layer, Attributes attributes);
 

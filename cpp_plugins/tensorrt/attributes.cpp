@@ -79,8 +79,7 @@ std::string read_form(Attributes& attributes) {
 std::string check(Attributes& attributes) {
   const std::string problem = read_form(attributes);
   if (!problem.empty()) return problem;
-  if (attributes.num_heads < 1 || attributes.kv_num_heads < 1 ||
-      attributes.num_heads % attributes.kv_num_heads != 0) {
+  if (attributes.num_heads < 1 || attributes.kv_num_heads < 1 || attributes.num_heads % attributes.kv_num_heads != 0) {
     return "it has " + std::to_string(attributes.num_heads) + " heads and " + std::to_string(attributes.kv_num_heads) +
            " key/value heads; the first must be a multiple of the second.";
   }
@@ -99,12 +98,18 @@ std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attri
     const PluginField& field = fields.fields[index];
     const std::string name = field.name;
     bool fits = true;
-    if (name == "pattern") fits = read(field, attributes.pattern);
-    else if (name == "inputs") fits = read(field, attributes.inputs);
-    else if (name == "causal") fits = read(field, attributes.causal);
-    else if (name == "num_heads") fits = read(field, attributes.num_heads);
-    else if (name == "kv_num_heads") fits = read(field, attributes.kv_num_heads);
-    else if (name == "scale") fits = read(field, attributes.scale);
+    if (name == "pattern")
+      fits = read(field, attributes.pattern);
+    else if (name == "inputs")
+      fits = read(field, attributes.inputs);
+    else if (name == "causal")
+      fits = read(field, attributes.causal);
+    else if (name == "num_heads")
+      fits = read(field, attributes.num_heads);
+    else if (name == "kv_num_heads")
+      fits = read(field, attributes.kv_num_heads);
+    else if (name == "scale")
+      fits = read(field, attributes.scale);
     if (!fits) return "its attribute '" + name + "' has another type than it should.";
   }
   return check(attributes);

@@ -8,6 +8,7 @@
 
 #include "NvInfer.h"
 #include "cuda/linear_attention.hpp"
+#include "cuda/sparse_attention.hpp"
 
 namespace effc::trt {
 
@@ -15,7 +16,7 @@ namespace effc::trt {
 // names those that it has in its attribute `inputs`.
 enum Optional : int32_t { kKeyMask, kMarks, kDistanceBias, kDistanceSlope, kOptionalCount };
 constexpr std::array<const char*, kOptionalCount> kOptionalNames = {"key_mask", "marks", "distance_bias",
-                                                                     "distance_slope"};
+                                                                    "distance_slope"};
 // Of those LinearAttention has the first.
 constexpr int32_t kLinearOptionalCount = 1;
 constexpr int32_t kRequired = 3;
@@ -34,9 +35,9 @@ struct Attributes {
   float scale = 0;
 
   // Found from the above.
-  Pattern parsed{};                                 // of kSparseAttention
-  cuda::FeatureMap map = cuda::FeatureMap::kElu;    // of kLinearAttention
-  std::array<int32_t, kOptionalCount> places{};  // index among the plugin's inputs, or kAbsent
+  Pattern parsed{};                               // of kSparseAttention
+  cuda::FeatureMap map = cuda::FeatureMap::kElu;  // of kLinearAttention
+  std::array<int32_t, kOptionalCount> places{};   // index among the plugin's inputs, or kAbsent
   int32_t input_count = 0;
 };
 

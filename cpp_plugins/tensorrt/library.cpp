@@ -2,8 +2,8 @@
 
 #include <cstdio>
 
-#include "tensorrt/log.hpp"
 #include "tensorrt/attention_plugin.hpp"
+#include "tensorrt/log.hpp"
 
 #define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -12,7 +12,9 @@ namespace {
 nvinfer1::ILoggerFinder* g_finder = nullptr;
 }  // namespace
 
-void set_logger_finder(nvinfer1::ILoggerFinder* finder) { g_finder = finder; }
+void set_logger_finder(nvinfer1::ILoggerFinder* finder) {
+  g_finder = finder;
+}
 
 void log(Severity severity, const std::string& message) {
   nvinfer1::ILogger* logger = g_finder == nullptr ? nullptr : g_finder->findLogger();
@@ -33,4 +35,6 @@ EFFC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count
   return creators;
 }
 
-EFFC_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { effc::trt::set_logger_finder(finder); }
+EFFC_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  effc::trt::set_logger_finder(finder);
+}

@@ -1,9 +1,9 @@
 #include "tensorrt/problem.hpp"
 
-#include <cuda_runtime_api.h>
-
 #include <cmath>
 #include <cstdlib>
+
+#include "cuda/device_capability.hpp"
 
 namespace effc::trt {
 namespace {
@@ -15,15 +15,24 @@ constexpr int kCapabilities[] = {80, 86, 89, 90, 120};
 
 std::string name_of(DataType type) {
   switch (type) {
-    case DataType::kFLOAT: return "FP32";
-    case DataType::kHALF: return "FP16";
-    case DataType::kBF16: return "BF16";
-    case DataType::kBOOL: return "BOOL";
-    case DataType::kINT8: return "INT8";
-    case DataType::kINT32: return "INT32";
-    case DataType::kINT64: return "INT64";
-    case DataType::kFP8: return "FP8";
-    default: return "type " + std::to_string(static_cast<int32_t>(type));
+    case DataType::kFLOAT:
+      return "FP32";
+    case DataType::kHALF:
+      return "FP16";
+    case DataType::kBF16:
+      return "BF16";
+    case DataType::kBOOL:
+      return "BOOL";
+    case DataType::kINT8:
+      return "INT8";
+    case DataType::kINT32:
+      return "INT32";
+    case DataType::kINT64:
+      return "INT64";
+    case DataType::kFP8:
+      return "FP8";
+    default:
+      return "type " + std::to_string(static_cast<int32_t>(type));
   }
 }
 
@@ -84,18 +93,6 @@ std::string check_optional(const Attributes& attributes, const Dims* shapes, Sha
   return "";
 }
 
-// The compute capability of this thread's device as one number, or 0 where there is none.
-int device_capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    cudaGetLastError();  // or the next caller would take the failure for its own
-    return 0;
-  }
-  return 10 * major + minor;
-}
-
 }  // namespace
 
 std::string check_tensor(const Attributes& attributes, int32_t position, const nvinfer1::PluginTensorDesc& tensor,
@@ -141,8 +138,7 @@ std::string read_problem(const Attributes& attributes, const Dims* shapes, Shape
   }
   problem.kv_len = key.d[1];
   if (!is(value, {batch, actual ? problem.kv_len : kAny, width})) return wrong("value", value, "of the key's shape");
-  problem.scale =
-      attributes.scale != 0 ? attributes.scale : 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
+  problem.scale = attributes.scale != 0 ? attributes.scale : 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
   problem.number = number == DataType::kHALF   ? cuda::Number::kHalf
                    : number == DataType::kBF16 ? cuda::Number::kBFloat16
                                                : cuda::Number::kFloat;
@@ -152,20 +148,9 @@ std::string read_problem(const Attributes& attributes, const Dims* shapes, Shape
 
 cuda::LinearAttention linear_problem(const Attributes& attributes, const cuda::SparseAttention& problem) {
   cuda::LinearAttention linear{};
-  linear.query = problem.query;
-  linear.key = problem.key;
-  linear.value = problem.value;
-  linear.key_mask = problem.key_mask;
-  linear.output = problem.output;
-  linear.batch = problem.batch;
-  linear.q_len = problem.q_len;
-  linear.kv_len = problem.kv_len;
-  linear.num_heads = problem.num_heads;
-  linear.kv_num_heads = problem.kv_num_heads;
-  linear.head_dim = problem.head_dim;
+  static_cast<cuda::AttentionTensors&>(linear) = problem;
   linear.map = attributes.map;
   linear.causal = attributes.causal != 0;
-  linear.number = problem.number;
   return linear;
 }
 
@@ -174,8 +159,8 @@ std::string refused(const Attributes& attributes, const cuda::SparseAttention& p
     return attributes.op == Operator::kLinearAttention ? cuda::refusal(linear_problem(attributes, problem), capability)
                                                        : cuda::refusal(problem, capability);
   };
-  int capability = device_capability();
-  if (capability == 0) {
+  int capability = 0;
+  if (cuda::device_capability(capability) != cudaSuccess) {
     if (const char* target = std::getenv("EFFC_TARGET_SM")) capability = std::atoi(target);
   }
   if (capability != 0) {

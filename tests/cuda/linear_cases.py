@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from cuda_cases import NUMBERS, TOLERANCE, Refused, Stopped
+from emulated_run import check_close, rounded, run_problem
+from native_cases import CallSizes
 from numpy.typing import NDArray
 
 from effc.plugins.forms.linear import Linear
@@ -20,7 +19,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LinearCase:
+class LinearCase(CallSizes):
     """One call of the kernels. ``past``: tokens that the state holds before the first key."""
 
     map: str = "elu"
@@ -37,14 +36,6 @@ class LinearCase:
     number: str = "half"
     seed: int = 0
 
-    @property
-    def keys(self) -> int:
-        return self.q_len if self.kv_len is None else self.kv_len
-
-    @property
-    def kv_heads(self) -> int:
-        return self.kv_num_heads or self.num_heads
-
     def inputs(self) -> dict[str, Array]:
         """Queries, keys and values of the past and of the call, rounded to the case's numbers."""
         rng = np.random.default_rng(self.seed)
@@ -52,9 +43,7 @@ class LinearCase:
         sizes |= {"key": (self.keys, self.kv_heads), "value": (self.keys, self.kv_heads)}
         sizes |= {f"past_{name}": (self.past or 0, self.kv_heads) for name in ("key", "value")}
         return {
-            name: rng.standard_normal((self.batch, length, heads * self.head_dim))
-            .astype(NUMBERS[self.number])
-            .astype(np.float32)
+            name: rounded(rng.standard_normal((self.batch, length, heads * self.head_dim)), self.number)
             for name, (length, heads) in sizes.items()
         }
 
@@ -102,41 +91,21 @@ def run(program: Path, case: LinearCase, *options: str, feeds: dict[str, Array] 
     """Run one case; ``options`` are the program's."""
     feeds = feeds if feeds is not None else case.inputs()
     fields = {
-        **{name: getattr(case, name) for name in ("batch", "q_len", "num_heads", "head_dim", "map")},
-        **{name: int(getattr(case, name)) for name in ("causal", "present")},
-        "kv_len": case.keys,
-        "kv_num_heads": case.kv_heads,
-        "number": list(NUMBERS).index(case.number),
+        "map": case.map,
+        "present": int(case.present),
         "key_mask": int(case.key_mask is not None),
         "past": int(case.past is not None),
     }
-    with tempfile.TemporaryDirectory() as directory:
-        problem, result = Path(directory) / "problem", Path(directory) / "result"
-        with problem.open("wb") as file:
-            file.write("".join(f"{name} {value}\n" for name, value in fields.items()).encode() + b"data\n")
-            for name in ("query", "key", "value"):
-                file.write(feeds[name].astype(NUMBERS[case.number]).tobytes())
-            if case.key_mask is not None:
-                file.write(case.key_mask.tobytes())
-            if case.past is not None:
-                for state in state_of(case, feeds["past_key"], feeds["past_value"], None):
-                    file.write(state.astype(np.float32).tobytes())
-        done = subprocess.run([str(program), str(problem), str(result), *options], capture_output=True, text=True)
-        if done.returncode == 2:
-            raise Refused(done.stderr.strip())
-        if done.returncode != 0:
-            raise Stopped(done.stderr.strip())
-        data = result.read_bytes()
-    kind = np.dtype(NUMBERS[case.number])
-    shape = (case.batch, case.q_len, case.num_heads * case.head_dim)
-    output = np.frombuffer(data, kind, int(np.prod(shape))).astype(np.float32).reshape(shape)
-    state = normaliser = None
-    if case.present:
-        rest = np.frombuffer(data, np.float32, offset=int(np.prod(shape)) * kind.itemsize)
-        lines = (case.batch, case.kv_heads, case.head_dim)
-        state = rest[: -int(np.prod(lines))].reshape(*lines, case.head_dim)
-        normaliser = rest[-int(np.prod(lines)) :].reshape(lines)
-    return Outcome(output, state, normaliser, json.loads(done.stdout))
+    others: list[NDArray[Any]] = [] if case.key_mask is None else [case.key_mask]
+    if case.past is not None:
+        states = state_of(case, feeds["past_key"], feeds["past_value"], None)
+        others += [state.astype(np.float32) for state in states]
+    output, rest, counters = run_problem(program, case, case.number, fields, feeds, others, options)
+    if not case.present:
+        return Outcome(output, None, None, counters)
+    lines = (case.batch, case.kv_heads, case.head_dim)
+    state, normaliser = np.split(rest, [-int(np.prod(lines))])
+    return Outcome(output, state.reshape(*lines, case.head_dim), normaliser.reshape(lines), counters)
 
 
 def check(program: Path, case: LinearCase, *options: str) -> Outcome:
@@ -147,7 +116,5 @@ def check(program: Path, case: LinearCase, *options: str) -> Outcome:
     for name, (found, wanted) in zip(("output", "state", "normaliser"), pairs, strict=True):
         if found is None:
             continue
-        largest = max(np.abs(wanted).max(initial=0.0), 1e-30)
-        error = np.abs(found - wanted).max(initial=0.0) / largest
-        assert error <= TOLERANCE[case.number], f"relative error {error:.2e} of the {name} of {case}"
+        check_close(found, wanted, case.number, f"the {name} of {case}")
     return outcome

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_cases import TOLERANCE, CudaCase, Refused, run
+from cuda_cases import CudaCase, run
+from emulated_run import Refused, check_close
 from numpy.typing import NDArray
 
 from effc.plugins.forms.content import BlockTopK
@@ -46,8 +47,7 @@ def chosen_by_content(case: CudaCase, form: BlockTopK) -> tuple[CudaCase, NDArra
 def check(program: Path, case: CudaCase, count: int, *options: str, block: int = BLOCK) -> dict[str, int]:
     case, wanted = chosen_by_content(case, BlockTopK(count, block))
     outcome = run(program, case, *options)
-    error = np.abs(outcome.output - wanted).max() / np.abs(wanted).max()
-    assert error <= TOLERANCE[case.number], f"relative error {error:.2e} of {case}"
+    check_close(outcome.output, wanted, case.number, case)
     return outcome.counters
 
 

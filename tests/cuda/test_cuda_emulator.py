@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_cases import TOLERANCE, CudaCase, Stopped, check, reference, run
+from cuda_cases import CudaCase, check, reference, run
+from emulated_run import TOLERANCE, Stopped
 
 CASE = CudaCase("local:40|sinks:3", q_len=150, head_dim=64)
 

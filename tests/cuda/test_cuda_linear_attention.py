@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import Refused, Stopped
-from emulated_build import LINEAR, emulated_build
+from emulated_run import Refused, Stopped
+from generated_cases import PROFILE, draw_key_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import LinearCase, check, expected, run
-from test_cuda_sparse_attention import HEAD_SIZES, PROFILE, WAYS, options, padding
+from test_cuda_sparse_attention import HEAD_SIZES, WAYS, options, padding
 
 NUMBERS = ["float", "half", "bfloat16"]
 
@@ -203,10 +203,6 @@ def test_forgotten_synchronisation_shows(emulated_linear: Path) -> None:
 def cases(draw: st.DrawFn) -> LinearCase:
     kv_num_heads, causal = draw(st.integers(1, 2)), draw(st.booleans())
     batch, keys, seed = draw(st.integers(1, 2)), draw(st.integers(1, 600)), draw(st.integers(0, 1000))
-    mask = None
-    if draw(st.booleans()):
-        rng = np.random.default_rng(seed)
-        mask = rng.random((batch, keys)) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
     return LinearCase(
         map=draw(st.sampled_from(["elu", "relu"])),
         causal=causal,
@@ -216,7 +212,7 @@ def cases(draw: st.DrawFn) -> LinearCase:
         num_heads=kv_num_heads * draw(st.integers(1, 3)),
         kv_num_heads=kv_num_heads,
         head_dim=draw(st.sampled_from([32, 64, 24, 80, 96, 33])),
-        key_mask=mask,
+        key_mask=draw_key_mask(draw, batch, keys, np.random.default_rng(seed)),
         past=draw(st.sampled_from([None, 0, 40])) if causal else None,
         present=causal and draw(st.booleans()),
         seed=seed,
@@ -250,28 +246,3 @@ def test_whole_matrix(emulated_linear: Path, head_dim: int, number: str, way: tu
         mask = np.random.default_rng(kv_len).random((2, kv_len)) < 0.8
         case = LinearCase(feature_map, causal, 2, q_len, kv_len, 2, 1, head_dim, mask, number=number)
         check(emulated_linear, case, *options(way))
-
-
-SANITIZED = [
-    LinearCase("elu", True, 1, 20, 270, 2, 1, 64, padding(1, 270, "left"), past=3, present=True),
-    LinearCase("relu", False, 1, 70, 131, head_dim=80, number="bfloat16"),
-    LinearCase("elu", True, 1, 10, 260, head_dim=128),
-    LinearCase("elu", True, 1, 10, 260, head_dim=33, number="float"),
-    LinearCase("elu", True, 2, 1, 1, 4, 2, 72, past=3, present=True),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [[], ["reverse"], ["eager"], ["reverse", "eager"]], ids="-".join)
-@pytest.mark.parametrize("sanitize", ["address;undefined", "thread"])
-def test_sanitizers_have_nothing_to_complain_about(sanitize: str, way: list[str]) -> None:
-    program = emulated_build("cuda-" + sanitize.replace(";", "-"), f"-DEFFC_SANITIZE={sanitize}") / LINEAR
-    for case in SANITIZED:
-        check(program, case, *way)
-
-
-@pytest.mark.slow
-def test_missing_barriers_are_races() -> None:
-    program = emulated_build("cuda-thread", "-DEFFC_SANITIZE=thread") / LINEAR
-    with pytest.raises(Stopped, match="data race"):
-        run(program, SANITIZED[1], "forget_barriers")

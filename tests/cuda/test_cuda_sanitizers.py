@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cuda_cases
+import linear_cases
 import numpy as np
 import pytest
-from cuda_cases import CudaCase, Stopped, check, run
-from emulated_build import PROGRAM, SELFTEST, emulated_build
+from cuda_cases import CudaCase
+from emulated_build import LINEAR, PROGRAM, SELFTEST, emulated_build
+from emulated_run import Stopped
+from linear_cases import LinearCase
 
 SANITIZERS = ["address;undefined", "thread"]
+WAYS = [[], ["reverse"], ["eager"], ["reverse", "eager"]]
 MASK = np.random.default_rng(0).random((2, 131)) < 0.7
 MARKS = np.random.default_rng(1).random((2, 131)) < 0.05
 CASES = [
@@ -22,6 +29,20 @@ CASES = [
     CudaCase("dense", q_len=70, num_heads=1, head_dim=40),
     CudaCase("local:20|global:2", True, 2, 20, 131, 2, 1, key_mask=MASK, number="float"),
 ]
+LEFT_PADDED = np.arange(270)[None] >= 90
+# Every kernel of linear attention: the sums of keys, their segments, the reading of both, for each head size and for
+# scalars, and the step.
+LINEAR_CASES = [
+    LinearCase("elu", True, 1, 20, 270, 2, 1, 64, LEFT_PADDED, past=3, present=True),
+    LinearCase("relu", False, 1, 70, 131, head_dim=80, number="bfloat16"),
+    LinearCase("elu", True, 1, 10, 260, head_dim=128),
+    LinearCase("relu", True, 1, 10, 260, head_dim=24),
+    LinearCase("elu", False, 1, 65, 70, head_dim=96),
+    LinearCase("relu", False, 1, 5, 70, head_dim=256, number="bfloat16"),
+    LinearCase("elu", True, 1, 10, 260, head_dim=33, number="float"),
+    LinearCase("elu", True, 2, 1, 1, 4, 2, 72, past=3, present=True),
+    LinearCase("relu", True, 1, 1, 1, 2, 1, 33, past=3, present=True, number="float"),
+]
 
 
 def build(sanitize: str) -> Path:
@@ -29,18 +50,30 @@ def build(sanitize: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ways", [[], ["reverse"], ["eager"], ["reverse", "eager"]], ids="-".join)
+@pytest.mark.parametrize("ways", WAYS, ids="-".join)
 @pytest.mark.parametrize("sanitize", SANITIZERS)
 def test_nothing_to_complain_about(sanitize: str, ways: list[str]) -> None:
     program = build(sanitize) / PROGRAM
     for case in CASES:
-        check(program, case, *ways, "multiprocessors=16")
+        cuda_cases.check(program, case, *ways, "multiprocessors=16")
 
 
 @pytest.mark.slow
-def test_missing_barriers_are_races() -> None:
+@pytest.mark.parametrize("ways", WAYS, ids="-".join)
+@pytest.mark.parametrize("sanitize", SANITIZERS)
+def test_nothing_to_complain_about_in_linear_attention(sanitize: str, ways: list[str]) -> None:
+    program = build(sanitize) / LINEAR
+    for case in LINEAR_CASES:
+        linear_cases.check(program, case, *ways)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program, run, case", [(PROGRAM, cuda_cases.run, CASES[0]), (LINEAR, linear_cases.run, LINEAR_CASES[1])]
+)
+def test_missing_barriers_are_races(program: str, run: Callable[..., Any], case: CudaCase | LinearCase) -> None:
     with pytest.raises(Stopped, match="data race"):
-        run(build("thread") / PROGRAM, CASES[0], "forget_barriers")
+        run(build("thread") / program, case, "forget_barriers")
 
 
 @pytest.mark.slow
@@ -53,4 +86,4 @@ def test_a_missing_barrier_is_a_race() -> None:
 @pytest.mark.slow
 def test_overruns_are_found() -> None:
     with pytest.raises(Stopped, match="heap-buffer-overflow"):
-        run(build("address;undefined") / PROGRAM, CASES[0], "missing_shared_bytes=32")
+        cuda_cases.run(build("address;undefined") / PROGRAM, CASES[0], "missing_shared_bytes=32")

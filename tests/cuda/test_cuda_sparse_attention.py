@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_cases import CudaCase, Refused, check, reference, run
-from hypothesis import HealthCheck, given, settings
+from cuda_cases import CudaCase, check, reference, run
+from emulated_run import Refused
+from generated_cases import PROFILE, draw_key_mask, patterns
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effc.plugins.forms.registry import parse_pattern
@@ -211,34 +213,18 @@ def test_agrees_with_the_reference_of_the_package(emulated: Path) -> None:
     check(emulated, case)
 
 
-terms = st.one_of(
-    st.just("dense"),
-    st.integers(1, 100).map("local:{}".format),
-    st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda p: f"local:{p[0]}:{p[1]}"),
-    st.tuples(st.integers(1, 20), st.integers(1, 40)).map(lambda p: f"dilated:{p[0]}:{p[1]}"),
-    st.tuples(st.integers(1, 70), st.integers(0, 3)).map(lambda p: f"block:{p[0]}:{p[1]}"),
-    st.integers(1, 90).map("strided:{}".format),
-    st.tuples(st.integers(1, 5), st.integers(0, 10**12)).map(lambda p: f"random:{p[0]}:{p[1]}"),
-    st.integers(1, 70).map("global:{}".format),
-    st.just("global:sep"),
-    st.integers(1, 70).map("sinks:{}".format),
-)
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> CudaCase:
     kv_num_heads = draw(st.integers(1, 2))
     batch, keys = draw(st.integers(1, 2)), draw(st.integers(1, 200))
     seed = draw(st.integers(0, 1000))
     rng = np.random.default_rng(seed)
-    mask = marks = None
-    if draw(st.booleans()):
-        mask = rng.random((batch, keys)) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
-        mask[:, : draw(st.integers(0, keys))] = draw(st.booleans())
+    mask = draw_key_mask(draw, batch, keys, rng)
+    marks = None
     if draw(st.booleans()):
         marks = rng.random((batch, keys)) < draw(st.sampled_from([0.0, 0.01, 0.3]))
     return CudaCase(
-        pattern=str(parse_pattern("|".join(draw(st.lists(terms, min_size=1, max_size=4))))),
+        pattern=draw(patterns(widest=100, widest_side=60)),
         causal=draw(st.booleans()),
         batch=batch,
         q_len=draw(st.one_of(st.just(1), st.integers(1, keys))),
@@ -256,14 +242,6 @@ def cases(draw: st.DrawFn) -> CudaCase:
 
 
 ways = st.tuples(st.sampled_from([*WAYS, ("shuffled=9", "eager")]), st.sampled_from([1, 3, 20, 132]))
-PROFILE: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-    ],
-}
 
 
 @settings(max_examples=30, derandomize=True, **PROFILE)

@@ -31,6 +31,28 @@ def needs_tools() -> None:
         pytest.skip(missing)
 
 
+def check_fits(kernel: cuda_build.Kernel) -> None:
+    assert kernel.spill_bytes == kernel.local_memory == 0, kernel
+    if kernel.tile is not None:
+        assert cuda_build.tile_shapes()[kernel.tile]["shared_bytes"] <= SHARED_BYTES[kernel.architecture], kernel
+
+
+def check_tile_kernel(kernel: cuda_build.Kernel, tensor_core: int, fewest_blocks: int) -> None:
+    """``tensor_core`` instructions of one tile and no more; so many blocks on a multiprocessor."""
+    check_fits(kernel)
+    assert kernel.stack_bytes == 0, kernel
+    assert kernel.tensor_core == tensor_core, kernel
+    assert blocks_of(kernel) >= fewest_blocks, kernel
+
+
+def blocks_of(kernel: cuda_build.Kernel) -> int:
+    assert kernel.tile is not None
+    tile = cuda_build.tile_shapes()[kernel.tile]
+    return cuda_build.blocks_per_multiprocessor(
+        kernel.architecture, kernel.registers, tile["threads"], tile["shared_bytes"]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", cuda_build.HEAD_SIZES)
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
@@ -40,22 +62,15 @@ def test_tensor_core_kernels(architecture: int, head_dim: int) -> None:
     assert {(kernel.number, kernel.name) for kernel in kernels} == {
         (number, f"attend_tile {head_dim} {variant}") for number in ("Half", "BFloat16") for variant in ("usual", "few")
     }
+    usual = 1 if (architecture, head_dim) == (120, 96) else FEWEST_BLOCKS[head_dim][architecture in (80, 90)]
     for kernel in kernels:
         assert kernel.shape is not None
         _, warps, row_blocks, keys, _, _ = kernel.shape
-        assert kernel.spill_bytes == kernel.stack_bytes == kernel.local_memory == 0, kernel
-        # One tile's products and no more: both matrix products, unrolled once.
-        assert kernel.tensor_core == row_blocks * (keys // 8) * (head_dim // 16) * 2, kernel
-        tile = cuda_build.tile_shapes()[head_dim, "few" if warps == 1 else "usual"]
-        assert tile["shared_bytes"] <= SHARED_BYTES[architecture]
-        blocks = cuda_build.blocks_per_multiprocessor(
-            architecture, kernel.registers, tile["threads"], tile["shared_bytes"]
-        )
+        assert kernel.tile == (head_dim, "few" if warps == 1 else "usual")
+        # Both matrix products, unrolled once.
+        check_tile_kernel(kernel, row_blocks * (keys // 8) * (head_dim // 16) * 2, usual if warps > 1 else 1)
         if warps > 1:
             assert kernel.registers <= MOST_REGISTERS.get((architecture, head_dim), 128), kernel
-            fewest = 1 if (architecture, head_dim) == (120, 96) else FEWEST_BLOCKS[head_dim][architecture in (80, 90)]
-            assert blocks >= fewest, kernel
-        assert blocks >= 1
 
 
 @pytest.mark.slow
@@ -66,21 +81,10 @@ def test_linear_kernels(architecture: int, head_dim: int) -> None:
     found = cuda_build.kernels_of(f"linear_{cuda_build.LINEAR_SOURCES[head_dim]}.cu", architecture)
     kernels = [kernel for kernel in found if kernel.tile == (head_dim, "linear")]
     assert {kernel.number for kernel in kernels} == {"Half", "BFloat16"}
-    tile = cuda_build.tile_shapes()[head_dim, "linear"]
+    keys = cuda_build.tile_shapes()[head_dim, "linear"]["keys"]
     for kernel in kernels:
-        assert kernel.spill_bytes == kernel.stack_bytes == kernel.local_memory == 0, kernel
         # The products with keys, and those with values, which states share.
-        assert kernel.tensor_core == (tile["keys"] // 8) * (head_dim // 16) * 2, kernel
-        assert tile["shared_bytes"] <= SHARED_BYTES[architecture]
-        assert blocks_of(kernel) >= {32: 3, 256: 1}.get(head_dim, 2), kernel
-
-
-def blocks_of(kernel: cuda_build.Kernel) -> int:
-    assert kernel.tile is not None
-    tile = cuda_build.tile_shapes()[kernel.tile]
-    return cuda_build.blocks_per_multiprocessor(
-        kernel.architecture, kernel.registers, tile["threads"], tile["shared_bytes"]
-    )
+        check_tile_kernel(kernel, (keys // 8) * (head_dim // 16) * 2, {32: 3, 256: 1}.get(head_dim, 2))
 
 
 @pytest.mark.slow
@@ -99,7 +103,7 @@ def test_other_kernels(architecture: int) -> None:
     }
     assert {kernel.number for kernel in kernels} == {"float", "Half", "BFloat16"}
     for kernel in kernels:
-        assert kernel.spill_bytes == kernel.local_memory == 0, kernel
+        check_fits(kernel)
         if kernel.tile is not None:
             assert kernel.tensor_core == 4 * (8 + 1), "a tile's products, and the sums of its features"
             assert blocks_of(kernel) >= 3, kernel

@@ -22,8 +22,28 @@ Array = NDArray[np.float32]
 OPTIONAL = ("key_mask", "marks", "distance_bias", "distance_slope")
 
 
+class CallSizes:
+    """The sizes of a call; keys and their heads are as queries where a case does not say."""
+
+    causal: bool
+    batch: int
+    q_len: int
+    kv_len: int | None
+    num_heads: int
+    kv_num_heads: int | None
+    head_dim: int
+
+    @property
+    def keys(self) -> int:
+        return self.q_len if self.kv_len is None else self.kv_len
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv_num_heads or self.num_heads
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(CallSizes):
     """One call of the operator."""
 
     pattern: str = "local:32"
@@ -40,14 +60,6 @@ class Case:
     bias_reach: int | None = None
     sloped: bool = False
     seed: int = 0
-
-    @property
-    def keys(self) -> int:
-        return self.q_len if self.kv_len is None else self.kv_len
-
-    @property
-    def kv_heads(self) -> int:
-        return self.kv_num_heads or self.num_heads
 
     @property
     def used_scale(self) -> float:

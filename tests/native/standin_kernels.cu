@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/linear_attention.hpp"
+#include "cuda/sparse_attention.hpp"
 
 namespace effc::cuda {
 
@@ -16,18 +17,29 @@ const char* refusal_of(const Problem& problem, int capability) {
 
 template <class Problem>
 int write_zeros(const Problem& problem, void* stream) {
-  const size_t number = problem.number == Number::kFloat ? 4 : 2;
   const size_t count = problem.batch * problem.q_len * problem.num_heads * problem.head_dim;
-  return cudaMemsetAsync(problem.output, 0, count * number, static_cast<cudaStream_t>(stream));
+  return cudaMemsetAsync(problem.output, 0, count * bytes_of(problem.number), static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
 
-const char* refusal(const SparseAttention& problem, int capability) { return refusal_of(problem, capability); }
-const char* refusal(const LinearAttention& problem, int capability) { return refusal_of(problem, capability); }
-size_t workspace_bytes(const SparseAttention& problem) { return 256 * static_cast<size_t>(problem.batch); }
-size_t workspace_bytes(const LinearAttention& problem) { return 512 * static_cast<size_t>(problem.batch); }
-int launch(const SparseAttention& problem, void*, void* stream) { return write_zeros(problem, stream); }
-int launch(const LinearAttention& problem, void*, void* stream) { return write_zeros(problem, stream); }
+const char* refusal(const SparseAttention& problem, int capability) {
+  return refusal_of(problem, capability);
+}
+const char* refusal(const LinearAttention& problem, int capability) {
+  return refusal_of(problem, capability);
+}
+size_t workspace_bytes(const SparseAttention& problem) {
+  return 256 * static_cast<size_t>(problem.batch);
+}
+size_t workspace_bytes(const LinearAttention& problem) {
+  return 512 * static_cast<size_t>(problem.batch);
+}
+int launch(const SparseAttention& problem, void*, void* stream) {
+  return write_zeros(problem, stream);
+}
+int launch(const LinearAttention& problem, void*, void* stream) {
+  return write_zeros(problem, stream);
+}
 
 }  // namespace effc::cuda

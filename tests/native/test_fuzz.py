@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from generated_cases import PROFILE
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import session
 from onnx import TensorProto, helper
@@ -123,16 +124,6 @@ def compute_or_refuse(library: Path, call: Call) -> None:
     assert output.shape == call.shapes["query"]
     if abs(call.attributes.get("scale", 0.0)) < 10:
         assert np.isfinite(output).all()
-
-
-PROFILE: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-    ],
-}
 
 
 @settings(max_examples=150, derandomize=True, **PROFILE)

@@ -17,7 +17,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from generated_cases import PROFILE
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import session
 from onnx import TensorProto, helper
@@ -253,12 +254,7 @@ def cases(draw: st.DrawFn) -> LinearCase:
     )
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=25, derandomize=True, **PROFILE)
 @given(case=cases())
 def test_anything(library: Path, isa: str, case: LinearCase) -> None:
     np.testing.assert_allclose(run(library, case), expected(case), atol=1e-4, rtol=1e-4, err_msg=str(case))

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from hypothesis import HealthCheck, given, settings
+from generated_cases import PROFILE, draw_key_mask, patterns
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import Case, check, model, reference, run, session
-
-from effc.plugins.forms.registry import parse_pattern
 
 WINDOW = 32
 PATTERNS = [
@@ -251,32 +250,15 @@ def test_more_queries_than_keys(library: Path, isa: str, pattern: str) -> None:
         check(library, Case(pattern, False, 2, 170, keys))
 
 
-terms = st.one_of(
-    st.just("dense"),
-    st.integers(1, 200).map("local:{}".format),
-    st.tuples(st.integers(0, 90), st.integers(0, 90)).map(lambda p: f"local:{p[0]}:{p[1]}"),
-    st.tuples(st.integers(1, 20), st.integers(1, 40)).map(lambda p: f"dilated:{p[0]}:{p[1]}"),
-    st.tuples(st.integers(1, 70), st.integers(0, 3)).map(lambda p: f"block:{p[0]}:{p[1]}"),
-    st.integers(1, 90).map("strided:{}".format),
-    st.tuples(st.integers(1, 5), st.integers(0, 10**12)).map(lambda p: f"random:{p[0]}:{p[1]}"),
-    st.integers(1, 70).map("global:{}".format),
-    st.just("global:sep"),
-    st.integers(1, 70).map("sinks:{}".format),
-)
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     kv_num_heads = draw(st.integers(1, 3))
     num_heads = kv_num_heads * draw(st.integers(1, 5))
     batch, keys = draw(st.integers(1, 2)), draw(st.integers(1, 400))
     seed = draw(st.integers(0, 1000))
-    mask = None
-    if draw(st.booleans()):
-        mask = np.random.default_rng(seed).random((batch, keys)) < draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
-        mask[:, : draw(st.integers(0, keys))] = draw(st.booleans())
+    mask = draw_key_mask(draw, batch, keys, np.random.default_rng(seed))
     return Case(
-        pattern=str(parse_pattern("|".join(draw(st.lists(terms, min_size=1, max_size=4))))),
+        pattern=draw(patterns(widest=200, widest_side=90)),
         causal=draw(st.booleans()),
         batch=batch,
         q_len=draw(st.integers(1, keys)),
@@ -292,12 +274,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(max_examples=40, derandomize=True, **PROFILE)
 @given(case=cases())
 def test_anything(library: Path, isa: str, case: Case) -> None:
     check(library, case)

@@ -83,12 +83,7 @@ template <int head_dim>
 void print_linear_work(const SparseAttention& sizes) {
   using Shape = LinearShape<head_dim>;
   LinearAttention problem{};
-  problem.batch = sizes.batch;
-  problem.q_len = sizes.q_len;
-  problem.kv_len = sizes.kv_len;
-  problem.num_heads = sizes.num_heads;
-  problem.kv_num_heads = sizes.kv_num_heads;
-  problem.head_dim = sizes.head_dim;
+  static_cast<AttentionTensors&>(problem) = sizes;
   problem.causal = sizes.pattern.causal;
   const LinearSchedule schedule = linear_schedule_for(problem, 2, nullptr);
   const int64_t slices = int64_t{schedule.slices} * schedule.slices * problem.batch * problem.kv_num_heads;
@@ -97,14 +92,14 @@ void print_linear_work(const SparseAttention& sizes) {
     const int64_t begin = segment * schedule.keys_per_segment;
     const int64_t keys =
         problem.kv_len - begin < schedule.keys_per_segment ? problem.kv_len - begin : schedule.keys_per_segment;
-    sum_tiles += divide_up(keys, SumsShape::kKeys) * slices;
+    sum_tiles += effc::divide_up(keys, SumsShape::kKeys) * slices;
   }
   const int64_t blocks = linear_blocks(problem, schedule);
   int64_t state_tiles = 0, pair_tiles = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const LinearTile tile = linear_tile(problem, schedule, static_cast<uint32_t>(block));
-    state_tiles += tile.has_state ? divide_up(problem.head_dim, Shape::kKeys) : 0;
-    pair_tiles += divide_up(tile.keys.end - tile.keys.begin, Shape::kKeys);
+    state_tiles += tile.has_state ? effc::divide_up(problem.head_dim, Shape::kKeys) : 0;
+    pair_tiles += effc::divide_up(tile.keys.end - tile.keys.begin, Shape::kKeys);
   }
   const int64_t of_sums = sum_tiles * (kFeatureSlice / 16) * (SumsShape::kKeys / 16) * (kFeatureSlice / 8 + 1);
   const int64_t of_tile = int64_t{kLinearRows} / 16 * (Shape::kKeys / 16) * (Shape::kHeadDim / 8);
@@ -150,12 +145,8 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "%s\n", wrong.c_str());
     return 2;
   }
-  problem.batch = std::atoll(arguments[4]);
-  problem.q_len = std::atoll(arguments[5]);
-  problem.kv_len = std::atoll(arguments[6]);
-  problem.num_heads = std::atoll(arguments[7]);
-  problem.kv_num_heads = std::atoll(arguments[8]);
-  problem.head_dim = std::atoll(arguments[9]);
+  const auto size = [&](int place) -> int64_t { return std::atoll(arguments[place]); };
+  static_cast<effc::AttentionSizes&>(problem) = {size(4), size(5), size(6), size(7), size(8), size(9)};
   problem.number = Number::kHalf;
   const int multiprocessors = count > 10 ? std::atoi(arguments[10]) : 1;
   struct HeadSize {
