@@ -136,6 +136,11 @@ struct Workspace {
 using AttendFunction = void (*)(const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace);
 
 struct LinearKernels;  // linear_attention.hpp
+struct CachedCall;     // cached_attention.hpp
+struct CachePart;
+struct PartialRows;
+using AttendCacheFunction = void (*)(const CachedCall& call, const CachePart& part, const PartialRows& partial,
+                                     Workspace& workspace);
 
 // What one instruction set offers.
 struct Kernels {
@@ -145,6 +150,7 @@ struct Kernels {
   // Runs `iterations` rounds of independent multiply-adds and returns how many floating point operations that was.
   double (*multiply_add_rounds)(int64_t iterations);
   const LinearKernels* linear;
+  AttendCacheFunction attend_cache;
 };
 
 constexpr size_t kWorkspaceAlignment = 64;

@@ -6,7 +6,8 @@
 namespace effc::cpu {
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {Simd::kName, attend_tile, attend_few, multiply_add_rounds, &kLinearKernels};
+  static constexpr Kernels kernels = {Simd::kName,         attend_tile,     attend_few,
+                                      multiply_add_rounds, &kLinearKernels, attend_cache};
   return kernels;
 }
 

@@ -7,7 +7,8 @@
 namespace effc::cpu {
 
 const Kernels& avx512_amx_kernels() {
-  static constexpr Kernels kernels = {"avx512_amx", attend_tile_amx, attend_few, multiply_add_rounds, &kLinearKernels};
+  static constexpr Kernels kernels = {"avx512_amx",        attend_tile_amx, attend_few,
+                                      multiply_add_rounds, &kLinearKernels, attend_cache};
   return kernels;
 }
 

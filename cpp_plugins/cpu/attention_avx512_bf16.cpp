@@ -7,8 +7,8 @@
 namespace effc::cpu {
 
 const Kernels& avx512_bf16_kernels() {
-  static constexpr Kernels kernels = {"avx512_bf16", attend_tile_bf16, attend_few, multiply_add_rounds,
-                                      &kLinearKernels};
+  static constexpr Kernels kernels = {"avx512_bf16",       attend_tile_bf16, attend_few,
+                                      multiply_add_rounds, &kLinearKernels,  attend_cache};
   return kernels;
 }
 

@@ -7,5 +7,6 @@
 #include "cpu/attention_common.hpp"
 #include "cpu/attention_few.hpp"
 #include "cpu/attention_tile.hpp"
+#include "cpu/cached_kernel.hpp"
 #include "cpu/linear_kernel.hpp"
 #include "cpu/multiply_add_peak.hpp"

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "cpu/cached_attention_op.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/linear_attention_op.hpp"
 #include "cpu/op_support.hpp"
@@ -37,8 +38,9 @@ EFFC_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
                                 ". Upgrade onnxruntime, or run without the library (EFFC_NATIVE=0).";
     return base->GetApi(1)->CreateStatus(ort::kNotImplemented, message.c_str());
   }
-  return cpu::register_domain(
-      *api, options, {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api), cpu::topk_blocks_op(*api)});
+  return cpu::register_domain(*api, options,
+                              {cpu::sparse_attention_op(*api), cpu::linear_attention_op(*api),
+                               cpu::topk_blocks_op(*api), cpu::cached_attention_op(*api)});
 }
 
 // The instruction set that would run here: "avx512", "avx2" or "portable"; "" if EFFC_ISA cannot be met.

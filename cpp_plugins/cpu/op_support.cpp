@@ -102,7 +102,8 @@ Tensor read_input(const ort::Api& api, const ort::KernelContext* context, size_t
   ort::TensorTypeAndShapeInfo* info = nullptr;
   check(api, api.GetTensorTypeAndShape(value, &info));
   size_t rank = 0;
-  ort::Status* status = api.GetDimensionsCount(info, &rank);
+  ort::Status* status = api.GetTensorElementType(info, &tensor.type);
+  if (status == nullptr) status = api.GetDimensionsCount(info, &rank);
   tensor.shape.resize(rank);
   if (status == nullptr) status = api.GetDimensions(info, tensor.shape.data(), rank);
   api.ReleaseTensorTypeAndShapeInfo(info);
@@ -173,11 +174,11 @@ void check_attention_inputs(const AttentionAttributes& attributes, const Tensor&
 }  // namespace
 
 AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* context,
-                                  const AttentionAttributes& attributes, int64_t max_head_dim) {
+                                  const AttentionAttributes& attributes, int64_t max_head_dim, bool has_key_mask) {
   const Tensor query = read_input(api, context, kQuery);
   const Tensor key = read_input(api, context, kKey);
   const Tensor value = read_input(api, context, kValue);
-  const Tensor key_mask = read_input(api, context, kKeyMask);
+  const Tensor key_mask = has_key_mask ? read_input(api, context, kKeyMask) : Tensor{};
   check_attention_inputs(attributes, query, key, value, key_mask, max_head_dim);
 
   AttentionCall call{};

@@ -42,7 +42,8 @@ struct AttentionAttributes {
 AttentionAttributes read_attributes(const ort::Api& api, const ort::KernelInfo* info);
 
 struct Tensor {
-  bool given = false;    // false: the optional input is absent
+  bool given = false;  // false: the optional input is absent
+  ort::ElementType type = ort::kFloat;
   void* data = nullptr;  // null if the tensor has no elements
   std::vector<int64_t> shape;
 };
@@ -56,9 +57,11 @@ float* allocate_output(const ort::Api& api, ort::KernelContext* context, size_t 
 // The first inputs of every attention operator.
 enum AttentionInput : size_t { kQuery, kKey, kValue, kKeyMask, kAttentionInputCount };
 
-// Reads them and allocates the first output. Refuses tensors that do not fit together or exceed the kernels.
+// Reads them and allocates the first output. Refuses tensors that do not fit together or exceed the kernels. Operators
+// without a key mask have something else in its place.
 AttentionCall read_attention_call(const ort::Api& api, ort::KernelContext* context,
-                                  const AttentionAttributes& attributes, int64_t max_head_dim);
+                                  const AttentionAttributes& attributes, int64_t max_head_dim,
+                                  bool has_key_mask = true);
 
 // Refuses a call with more queries than keys; `queries` are those that may not stand before the first key.
 [[noreturn]] void refuse_queries_before_keys(const AttentionCall& call, const char* queries = "The queries");

@@ -19,6 +19,7 @@
 #include "cpu/choose_blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/schedule.hpp"
+#include "cpu/selftest_cached.hpp"
 #include "cpu/selftest_linear.hpp"
 #include "pattern/parse.hpp"
 
@@ -319,6 +320,8 @@ int main(int argc, char** argv) {
     check_kernels("dense", causal, true, all_kernels, random);
     const std::string linear = selftest::check_linear(all_kernels, on_threads(random.between(1, 3)), random.engine());
     if (!linear.empty()) fail(linear);
+    const std::string cached = selftest::check_cached(all_kernels, on_threads(random.between(1, 3)), random.engine());
+    if (!cached.empty()) fail(cached);
   }
   // Whatever is written as a pattern is read or refused, never more.
   const std::string alphabet = "local:sinkbde|0123456789 -+#";

@@ -1,15 +1,18 @@
 """The ONNX function body of ``effc::CachedAttention``: attention of one new token to a cache and to itself.
 
+A runtime with effc's native library uses the kernel instead, which reads INT8 and fp16 caches as they are.
+
 One query row against ``slots`` cached keys is a matrix-vector product for every key/value head, bound by reading the
 cache once. So that nothing of the cache is ever copied, the new token's key and value do not enter it here: the scores
 against the cache and the one score against the new key are joined, which is a few numbers, and the softmax over both is
 taken apart again for the two sums over values. The caller writes the new key and value into their slot afterwards.
 
 Inputs: ``query [batch, 1, heads * head_dim]``, ``key`` and ``value [batch, 1, kv_heads * head_dim]``, ``past_key`` and
-``past_value [batch, kv_heads, slots, head_dim]`` (for an INT8 cache also ``past_key_scale`` and ``past_value_scale
-[batch, kv_heads, slots, 1]``), ``bias [batch, 1, 1, slots + 1]`` (0 where the query sees a slot and,
-last, itself; -1e30 elsewhere), and for models with a position bias ``distance [slots + 1]`` (slot's position less the
-query's) with ``distance_bias`` or ``distance_slope``. Output: ``[batch, 1, heads * head_dim]``.
+``past_value [batch, kv_heads, slots, head_dim]`` in fp32, fp16 or INT8, ``bias [batch, 1, 1, slots + 1]`` (0 where the
+query sees a slot and, last, itself; -1e30 elsewhere), for an INT8 cache ``past_key_scale`` and ``past_value_scale
+[batch, kv_heads, slots, 1]``, and for models with a position bias ``distance [slots + 1]`` (slot's position less the
+query's) with ``distance_bias`` or ``distance_slope``. Attributes: those of effc's other operators. Output:
+``[batch, 1, heads * head_dim]``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from onnx import parser
 from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.linear_state import recurrent_text, step_text
 from effc.plugins.caches import sees_itself
+from effc.plugins.function_body import ATTRIBUTES
 from effc.plugins.operator import DOMAIN, AttentionGeometry
 from effc.plugins.pattern import Pattern
 
@@ -28,6 +32,11 @@ CACHED_ATTENTION = "CachedAttention"
 RECURRENT_ATTENTION = "RecurrentAttention"
 HIDDEN = -1e30
 DISTANCE_INPUTS = ("distance_bias", "distance_slope")
+CACHED_INPUTS = (
+    *("query", "key", "value", "past_key", "past_value", "bias"),
+    *("past_key_scale", "past_value_scale", "distance", *DISTANCE_INPUTS),
+)
+"""Of ``effc::CachedAttention``, in order; those behind ``bias`` are optional."""
 
 
 def cached_attention(geometry: AttentionGeometry, given: frozenset[str], kept_in: str = "fp32") -> ir.Function:
@@ -71,21 +80,17 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str], kept_in
     packed_shape = Constant <value_ints: ints = [0, 1, {heads * dim}]> ()
     output = Reshape ({"guarded" if guarded else "attended"}, packed_shape)
     """
-    inputs = [
-        "query",
-        "key",
-        "value",
-        "past_key",
-        "past_value",
-        *(["past_key_scale", "past_value_scale"] if kept_in == "int8" else []),
-        "bias",
-        *(["distance", *distances] if distances else []),
-    ]
+    named = {*CACHED_INPUTS[:6], *(CACHED_INPUTS[6:8] if kept_in == "int8" else ()), *distances}
+    named |= {"distance"} if distances else set()
+    # An input that the node leaves out still has its place; the body does not use it.
+    inputs = [name if name in named else f"no_{name}" for name in CACHED_INPUTS]
+    while inputs[-1].startswith("no_"):
+        inputs.pop()
     overload = "_".join([f"h{heads}_kv{kv}_d{dim}_s{scale.replace('.', 'p')}", *distances, *(["guarded"] * guarded)])
     overload += "" if kept_in == "fp32" else f"_{kept_in}"
     proto = parser.parse_function(
         f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-        f"{CACHED_ATTENTION} ({', '.join(inputs)}) => (output)\n{{{text}}}"
+        f"{CACHED_ATTENTION} <{', '.join(ATTRIBUTES)}> ({', '.join(inputs)}) => (output)\n{{{text}}}"
     )
     for node in proto.node:
         node.name = node.output[0]

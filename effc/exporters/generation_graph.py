@@ -22,12 +22,13 @@ each step: ``bias.g``, ``kept.g`` (which prompt positions are handed out: those 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from effc.errors import PreconditionError
-from effc.exporters.generation_bodies import DISTANCE_INPUTS, cached_attention, recurrent_attention
+from effc.exporters.generation_bodies import CACHED_INPUTS, DISTANCE_INPUTS, cached_attention, recurrent_attention
 from effc.plugins.caches import Cache, OrderedCache, SlotCache, StateCache, cache_of, slot_arrays
 from effc.plugins.function_body import geometry_of, is_attention
 from effc.plugins.operator import AttentionGeometry, optional_inputs
@@ -140,16 +141,19 @@ class _Surgeon:
         cache: SlotCache,
     ) -> None:
         shape: list[int | str] = ["batch", geometry.kv_heads, f"slots.{place}"]
-        past = [
-            self._input(f"past_{what}.{number}", ir.DataType.from_numpy(kind), [*shape, width])
-            for what, (width, kind) in slot_arrays(geometry.head_dim, self._kept_in).items()
-        ]
-        bias = self._input(f"bias.{place}", ir.DataType.FLOAT, ["batch", 1, 1, f"columns.{place}"])
+        values = dict(zip(CACHED_INPUTS, node.inputs[:3], strict=False))
+        for what, (width, kind) in slot_arrays(geometry.head_dim, self._kept_in).items():
+            dtype = ir.DataType.from_numpy(kind)
+            values[f"past_{what}"] = self._input(f"past_{what}.{number}", dtype, [*shape, width])
+        values["bias"] = self._input(f"bias.{place}", ir.DataType.FLOAT, ["batch", 1, 1, f"columns.{place}"])
         distances = {name: given[name] for name in DISTANCE_INPUTS if name in given}
         own = node.inputs[1:3]
-        inputs = [*node.inputs[:3], *past, bias]
         if distances:
-            inputs += [self._input(f"distance.{place}", ir.DataType.INT64, [f"columns.{place}"]), *distances.values()]
+            values["distance"] = self._input(f"distance.{place}", ir.DataType.INT64, [f"columns.{place}"])
+            values |= distances
+        inputs = [values.get(name) for name in CACHED_INPUTS]
+        while inputs[-1] is None:
+            inputs.pop()
         function = cached_attention(geometry, frozenset(distances), self._kept_in)
         self._branch(node, function, inputs)
         kept = None
@@ -226,7 +230,7 @@ class _Surgeon:
     ) -> tuple[ir.Value, ...]:
         """Put ``If (one token) then step else`` the node itself, or ``other`` of the same inputs, in its place."""
         graph, result = self._graph, node.outputs[0]
-        then = _call(self._model, step, inputs, f"{node.name}/step")
+        then = _call(self._model, step, inputs, f"{node.name}/step", node.attributes.values())
         if other is None:
             otherwise = ir.Node(
                 node.domain, node.op_type, node.inputs, node.attributes.values(), overload=node.overload, name=node.name
@@ -348,12 +352,16 @@ def _like(value: ir.Value, other: ir.Value) -> None:
     value.shape, value.type = other.shape, other.type
 
 
-def _call(model: ir.Model, function: ir.Function, inputs: list[ir.Value | None], name: str) -> ir.Node:
+def _call(
+    model: ir.Model, function: ir.Function, inputs: list[ir.Value | None], name: str, attributes: Iterable[ir.Attr] = ()
+) -> ir.Node:
+    """A call of the function with those of the attributes that it takes."""
     model.functions[function.identifier()] = function
     return ir.Node(
         function.domain,
         function.name,
         inputs,
+        [attribute for attribute in attributes if attribute.name in function.attributes],
         overload=function.overload,
         num_outputs=len(function.outputs),
         name=name,

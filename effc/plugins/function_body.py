@@ -16,7 +16,8 @@ from effc.plugins.bodies import body_text
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.operator import DOMAIN, KEY_MASK, LAYER_ATTRIBUTE, AttentionGeometry, optional_inputs
 
-_ATTRIBUTES = "pattern, causal, num_heads, kv_num_heads, scale"
+ATTRIBUTES = ("pattern", "causal", "num_heads", "kv_num_heads", "scale")
+"""Of every operator."""
 _ALL_VISIBLE = """
     any_batch = Shape <start: int = 0, end: int = 1> (key)
     any_length = Shape <start: int = 1, end: int = 2> (key)
@@ -48,7 +49,7 @@ def function_body(geometry: AttentionGeometry, given: frozenset[str] = frozenset
     proto = parser.parse_function(
         f'<domain: "{DOMAIN}", overload: "{geometry.overload(given)}", '
         f'opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-        f"{form.op_type} <{_ATTRIBUTES}> ({', '.join(parameters)}) => (output)\n"
+        f"{form.op_type} <{', '.join(ATTRIBUTES)}> ({', '.join(parameters)}) => (output)\n"
         f"{{{mask}{body_text(form, geometry, given)}}}"
     )
     _name_nodes(proto)
