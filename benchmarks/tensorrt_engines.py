@@ -81,6 +81,7 @@ def rows_of(name: str, path: Path, options: argparse.Namespace) -> None:
     inputs = ragged_inputs(source, _LENGTHS)
     probe: dict[str, Any] = {key: value.numpy() for key, value in inputs.items()}
     probe["position_ids"] = positions_of(inputs["attention_mask"]).numpy()
+    layer_modes = dict(one.split("=") for one in options.quant_layer)
     for mode in options.modes.split(","):
         for plugin in options.plugin.split(","):
             arch = [one for one in options.arch.split(",") if mode != "fp8" or int(one[3:]) >= 89]
@@ -89,7 +90,7 @@ def rows_of(name: str, path: Path, options: argparse.Namespace) -> None:
                     "model": str(path),
                     "attention": form,
                     "target": "tensorrt_rtx",
-                    "quantization": mode,
+                    "quantization": {"mode": mode, "layers": layer_modes if mode != "none" else {}},
                     "engine": {"arch": arch, "shapes": options.shapes, "plugin": plugin == "yes"},
                 }
             )
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--plugin", default="yes,no")
     parser.add_argument("--attention", default="local:256")
     parser.add_argument("--shapes", default="8x512")
+    parser.add_argument("--quant-layer", action="append", default=[], metavar="GLOB=MODE", help="as in effc")
     options = parser.parse_args()
     heads = ["model", "graph", "precision", "arch", "attention", "linear layers", "low-precision gemms", "plan, MiB"]
     heads += ["error of the graph, fp32 / half", "warnings"]

@@ -13,6 +13,7 @@ from effc.exporters.engine_attention import EngineAttention, lower_attention
 from effc.exporters.engine_pairs import plain_pairs
 from effc.exporters.half_precision import Conversion, to_half
 from effc.exporters.onnx_graph import save_onnx
+from effc.passes.quantize_find import PART
 from effc.passes.quantize_graph import constant_of, module_of
 from effc.plugins.operator import DOMAIN
 
@@ -92,6 +93,8 @@ def _name_linears(graph: ir.Graph, precision: Precision) -> dict[str, str]:
         if weight is None:
             continue
         base = module_of(node) or _layer_of(str(weight.name))
+        if PART in node.metadata_props:
+            base += ".outliers"
         name, number = base, 0
         while name in found or (name in taken and name != node.name):
             number += 1

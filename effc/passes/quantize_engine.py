@@ -6,6 +6,7 @@ TensorRT builds a product in INT8 where both of its inputs are dequantized, and 
 * Scales are constants. What ONNX Runtime does without calibration data (scales found in every run) has no counterpart.
 * A bias is an addition behind the product, in the floats that the rest of the engine has. TensorRT fuses it.
 * Embedding tables stay floats: a lookup of integers is no layer that TensorRT has.
+* Where a product behind a gate is asked for, its outliers stay floats, see :mod:`effc.passes.quantize_gated`.
 
 ONNX Runtime runs the same graph on CPU, rounding as the engine does and multiplying the dequantized numbers in fp32
 (INT8 products may be fused into integer kernels). So quality can be verified without a GPU.
@@ -26,6 +27,7 @@ from effc.passes.base import PassResult
 from effc.passes.quantize_activation import INT8, LEAST_HALF, rounded
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_exclude import Exclusion
+from effc.passes.quantize_gated import split_gated
 from effc.passes.quantize_graph import Editor, initializer_bytes
 from effc.passes.quantize_numbers import Floats, quantize_columns
 from effc.passes.quantize_pairs import Peaks, QuantizePairs
@@ -38,7 +40,7 @@ class QuantizeInt8Engine(QuantizePairs):
     """Quantize linear layers to INT8 as TensorRT takes it; see :class:`QuantizeLinears` for the arguments."""
 
     name: ClassVar[str] = "quantize-int8-engine"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def requires(self, model: ir.Model) -> None:
         """Check that there is calibration data and the graph is not quantized yet.
@@ -57,12 +59,15 @@ class QuantizeInt8Engine(QuantizePairs):
             DataError: if calibration samples do not fit the graph.
         """
         self.requires(model)
+        assert self.calibration is not None
         before, editor = initializer_bytes(model), Editor(model.graph)
+        split = split_gated(model, self._exclusion(model), self.calibration, self._remembered)
         plan = make_plan(model.graph, self._exclusion(model), embeddings=False)
         changed = self._replace(editor, plan, self._peaks(model, plan))
         metrics = {
             "form": "static, symmetric",
             "linears": len(changed),
+            "split": len(split),
             "skipped": len(plan.skipped),
             "bytes_before": before,
             "bytes_after": initializer_bytes(model),
