@@ -336,6 +336,14 @@ class TestArtifact:
         assert torch.equal(got, wanted)
         assert len(set(got[:, -30:].flatten().tolist())) > 5, "a text that repeats one token would prove little"
 
+    def test_kernels_of_a_step(self, artifact: Path) -> None:
+        native, body = effc.load(artifact), effc.load(artifact, native=False)
+        if native.native_library is None:
+            pytest.skip("effc's native library is not built here")
+        steps = [f"{layer.layer}/step" for layer in native.manifest.generation.layers]
+        assert [native.kernels()[step] for step in steps] == ["native effc::CachedAttention"] * 2
+        assert [body.kernels()[step] for step in steps] == ["standard-op body"] * 2
+
     def test_record(self, artifact: Path) -> None:
         record = effc.load(artifact).manifest.generation
         assert [(group.pattern, group.kind, group.sinks, group.recent) for group in record.groups] == [

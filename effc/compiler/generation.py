@@ -136,8 +136,7 @@ class Generator:
         Raises:
             EffcError: if ONNX Runtime fails.
         """
-        feeds = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
-        feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self._inputs}
+        feeds = self._feeds(tokens, mask, positions, caches)
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own.
@@ -146,6 +145,15 @@ class Generator:
                 f"ONNX Runtime failed on {tokens.shape[1]} tokens of {len(tokens)} sequences: {first}.",
                 "If memory ran out, give fewer or shorter prompts.",
             ) from error
+
+    def example_step(self) -> dict[str, NDArray[Any]]:
+        """Feeds of the graph for one token with nothing before it."""
+        tokens, mask = np.zeros((1, 1), np.int64), np.ones((1, 1), dtype=bool)
+        return self._feeds(tokens, mask, _positions(mask), Memory(self.record, tokens, mask).last_feeds())
+
+    def _feeds(self, tokens: Tokens, mask: Mask, positions: Tokens, caches: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        feeds = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
+        return {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self._inputs}
 
     def _count(self, length: int, wanted: int | None) -> int:
         """How many tokens to write.

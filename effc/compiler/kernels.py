@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from effc.compiler.manifest import AttentionLayer
+from effc.compiler.manifest import AttentionLayer, CachedLayerRecord
 from effc.compiler.session import KernelEvent
 from effc.errors import UsageError
+from effc.plugins.caches import CACHED_ATTENTION
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.heads import HeadForms
 from effc.plugins.forms.registry import parse_form
@@ -94,6 +95,19 @@ def attention_kernels(events: Sequence[KernelEvent], layers: Iterable[AttentionL
     elif unknown and not fused and sum(event.operator == "Softmax" for event in outside) == len(unknown):
         result.update(dict.fromkeys(unknown, UNFUSED))
     return {layer.layer: result.get(layer.layer, UNKNOWN) for layer in layers}
+
+
+def step_kernels(events: Iterable[KernelEvent], layers: Iterable[CachedLayerRecord]) -> dict[str, str]:
+    """Which kernel served each attention operator when one token was written, keyed by ``"<layer>/step"``."""
+    operators = OPERATORS | {CACHED_ATTENTION}
+    native = {event.node: f"native effc::{event.operator}" for event in events if event.operator in operators}
+    # What is not native can only have been inlined.
+    found = {}
+    for layer in layers:
+        step = f"{layer.layer}/step"
+        # Forms that need keys in order have one operator for prompts and steps.
+        found[step] = native.get(step, native.get(layer.layer, BODY))
+    return found
 
 
 def operator_nodes(layer: AttentionLayer) -> dict[str, str]:

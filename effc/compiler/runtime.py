@@ -33,7 +33,7 @@ from effc.compiler.generation import (
     split_options,
     tell,
 )
-from effc.compiler.kernels import attention_kernels, linear_kernels
+from effc.compiler.kernels import attention_kernels, linear_kernels, step_kernels
 from effc.compiler.machine import usable_cores
 from effc.compiler.manifest import Manifest
 from effc.compiler.session import CPU_ONLY, profile_kernels
@@ -253,8 +253,9 @@ class CompiledModel:
         """What really runs, from a profile of one short run: attention layers first, then matrix products.
 
         Keyed by layer or node name; values such as ``"native effc::SparseAttention"``, ``"standard-op body"``,
-        ``"onnxruntime MultiHeadAttention"``, ``"int8 DynamicQuantizeMatMul"`` and ``"float MatMul"``. The first call
-        opens a second session for a moment.
+        ``"onnxruntime MultiHeadAttention"``, ``"int8 DynamicQuantizeMatMul"`` and ``"float MatMul"``. Of a model that
+        generates, ``"<layer>/step"`` is what serves the layer when a token is written. The first call opens second
+        sessions for a moment.
         """
         with self._kernels_lock:
             if self._kernels is None:
@@ -262,6 +263,10 @@ class CompiledModel:
                 feeds = random_inputs(self._specs, batch=1, length=length, seed=0)
                 events = profile_kernels(self.path / MODEL_NAME, self._options, feeds, self._providers).events
                 self._kernels = attention_kernels(events, self.manifest.attention) | linear_kernels(events)
+                if (generation := self.manifest.generation) is not None:
+                    step = self.generator().example_step()
+                    profile = profile_kernels(self.path / generation.file, self._options, step, self._providers)
+                    self._kernels |= step_kernels(profile.events, generation.layers)
             return dict(self._kernels)
 
     def __repr__(self) -> str:

@@ -23,12 +23,11 @@ from onnx import parser
 
 from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.linear_state import recurrent_text, step_text
-from effc.plugins.caches import sees_itself
+from effc.plugins.caches import CACHED_ATTENTION, sees_itself
 from effc.plugins.function_body import ATTRIBUTES
 from effc.plugins.operator import DOMAIN, AttentionGeometry
 from effc.plugins.pattern import Pattern
 
-CACHED_ATTENTION = "CachedAttention"
 RECURRENT_ATTENTION = "RecurrentAttention"
 HIDDEN = -1e30
 DISTANCE_INPUTS = ("distance_bias", "distance_slope")

@@ -30,6 +30,8 @@ from effc.plugins.forms.linear import EMPTY_STABILISER, LinearForm
 from effc.plugins.forms.terms import Block, Dense, Dilated, Global, Local, Sinks, Strided, Term
 from effc.plugins.pattern import Pattern
 
+CACHED_ATTENTION = "CachedAttention"
+"""The operator of one new token and slots."""
 CACHE_TYPES = ("fp32", "fp16", "int8")
 """What keys and values in slots are kept in. ``int8`` has a scale for each position and head."""
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from onnx import helper
 from test_sparse_attention import available_isas
 
-from effc.exporters.generation_bodies import CACHED_ATTENTION, CACHED_INPUTS, HIDDEN, cached_attention
+from effc.exporters.generation_bodies import CACHED_INPUTS, HIDDEN, cached_attention
+from effc.plugins.caches import CACHED_ATTENTION
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.operator import AttentionGeometry
 
