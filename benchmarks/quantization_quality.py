@@ -41,9 +41,11 @@ from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.passes.quantize import quantize
+from effc.passes.quantize_for_engine import engine_quantizing_passes
 from effc.passes.quantize_settings import QuantizationSection
 
 Section = dict[str, Any]
+_GATED = {"*down_proj": "int8"}
 # Name of the row, section of the recipe, whether there is calibration data.
 MODES: dict[str, tuple[Section, bool]] = {
     "int8": ({"mode": "int8"}, False),
@@ -62,6 +64,11 @@ MODES: dict[str, tuple[Section, bool]] = {
     "fp8, gptq": ({"mode": "fp8", "weights": {"method": "gptq"}}, True),
     "fp16": ({"mode": "fp16"}, False),
     "bf16": ({"mode": "bf16"}, False),
+    # As TensorRT takes it; rounded alike on CPU, and no measure of an engine's speed.
+    "engine int8": ({"mode": "int8"}, True),
+    "engine int8, smoothed": ({"mode": "int8", "smoothing": "auto"}, True),
+    "engine int8, gates": ({"mode": "int8", "layers": _GATED}, True),
+    "engine int8, gates, smoothed": ({"mode": "int8", "smoothing": "auto", "layers": _GATED}, True),
 }
 _PRODUCTS = frozenset(
     {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
@@ -92,6 +99,8 @@ def main() -> None:
 
 def _minilm(options: argparse.Namespace) -> list[Section]:
     source = load(locate(ModelSection(path=str(minilm()))))
+    # It has no gates.
+    modes = options.mode or [name for name in MODES if "gates" not in name]
     texts, positive = long_reviews(options.train + options.test + options.calibration)
     labels = torch.tensor(positive)
     inputs = [_encode(source, text, options.tokens) for text in texts]
@@ -101,7 +110,7 @@ def _minilm(options: argparse.Namespace) -> list[Section]:
     with tempfile.TemporaryDirectory() as folder:
         plain = _plain(source, Path(folder))
         if options.speed_only:
-            for name in options.mode or MODES:
+            for name in modes:
                 ratio = _linear_speedup(plain, _quantized(plain, name, calibration), judged[0])
                 print(f"{name}: linear layers {ratio:.2f}x", flush=True)
             return []
@@ -113,7 +122,7 @@ def _minilm(options: argparse.Namespace) -> list[Section]:
         print("| mode | accuracy | cosine to fp32 | MB | whole graph | linear layers |")
         print("|---|---|---|---|---|---|")
         rows = []
-        for name in options.mode or MODES:
+        for name in modes:
             path = _quantized(plain, name, calibration)
             own_session = _session(path, options.threads)
             own = _embed(own_session, judged)
@@ -170,7 +179,12 @@ def _plain(source: SourceModel, folder: Path) -> Path:
 def _quantized(plain: Path, name: str, calibration: list[Mapping[str, Any]]) -> Path:
     section, calibrated = MODES[name]
     graph = ir.load(str(plain))
-    quantize(graph, QuantizationSection.model_validate(section), calibration if calibrated else None)
+    settings = QuantizationSection.model_validate(section)
+    if name.startswith("engine"):
+        for step in engine_quantizing_passes(settings, calibration):
+            step.run(graph)
+    else:
+        quantize(graph, settings, calibration if calibrated else None)
     folder = plain.parent.with_name(name.replace(" ", "_").replace(",", ""))
     folder.mkdir(exist_ok=True)
     save_onnx(graph, folder / "model.onnx")

@@ -62,7 +62,9 @@ def test_attention_reads_the_rounded_numbers(kind: str, calibrated: bool) -> Non
     exact = dict(feed)
     for name in ("query", "key", "value"):
         seen = samples if calibrated else [feed]
-        exact[name] = rounded(feed[name], kind, max(float(np.abs(sample[name]).max()) for sample in seen))
+        # A fixed FP8 scale leaves room for twice what was seen.
+        headroom = 2 if calibrated and kind == "fp8" else 1
+        exact[name] = rounded(feed[name], kind, headroom * max(float(np.abs(sample[name]).max()) for sample in seen))
         assert not np.array_equal(exact[name], feed[name])
     reference = expected(GEOMETRY, exact)
     np.testing.assert_allclose(found, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

@@ -24,7 +24,7 @@ from effc.passes.quantize import quantize, quantizing_passes
 from effc.passes.quantize_blocks import gptq_blocks, round_to_nearest
 from effc.passes.quantize_find import find_linears
 from effc.passes.quantize_fp8 import quantize_columns_fp8
-from effc.passes.quantize_gptq import error_spread
+from effc.passes.quantize_gptq import Feedback, error_spread
 from effc.passes.quantize_grid import own_grid
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_settings import QuantizationSection
@@ -183,8 +183,8 @@ def test_gptq_lowers_the_error_of_fp8_products() -> None:
     x = (rng.normal(size=(500, 12)) @ rng.normal(size=(12, 72)) + 0.1 * rng.normal(size=(500, 72))).astype(np.float32)
     weight = normal(72, 24, seed=3)
     errors = []
-    for spread in (None, error_spread(x.T @ x / len(x))):
-        values, scale = quantize_columns_fp8(weight, spread)
+    for feedback in (None, Feedback.of(x.T @ x / len(x))):
+        values, scale = quantize_columns_fp8(weight, feedback)
         errors.append(relative_error(x @ (values.astype(np.float32) * scale), x @ weight))
     assert errors[1] < 0.6 * errors[0]
 
@@ -227,6 +227,23 @@ def test_the_fp8_graph_equals_bit_exact_emulation(calibrated: bool) -> None:
         values, steps = quantize_columns_fp8(layers[name])
         weight = values.astype(np.float32) * steps
         assert np.allclose(result, wanted @ weight, atol=1e-5 * np.abs(result).max())
+
+
+def test_a_fixed_fp8_scale_holds_twice_what_calibration_has_seen() -> None:
+    seen = max(float(np.abs(batch["x"]).max()) for batch in CALIBRATION)
+    errors = []
+    for peak in (1.0, 1.9, 4.0):
+        model = gated_mlp()
+        gate = next(iter(find_linears(model.graph))).node
+        # Without the norm in front, so that the input keeps its size.
+        gate.replace_input_with(0, model.graph.inputs[0])
+        model.graph.outputs[:] = [gate.outputs[0]]
+        feeds = {"x": INPUT["x"].clip(-2, 2)}
+        feeds["x"][0, :, 5] = peak * seen
+        wanted = run(model, feeds)
+        quantize(model, QuantizationSection(mode="none", layers={"gate": "fp8"}), CALIBRATION)
+        errors.append(relative_error(run(model, feeds), wanted))
+    assert max(errors[:2]) < 0.06 < 0.3 < errors[2]
 
 
 def test_smoothing_takes_outliers_out_and_costs_no_node() -> None:
@@ -453,20 +470,20 @@ def test_auto_keeps_what_the_budget_needs(llama: Path, texts: Path, tmp_path: Pa
         )
         search = artifact.manifest.quantization_search
         assert search is not None and search.samples == 4 and search.tokens > 0
-        assert len([name for unit in search.layers for name in unit.layers]) == 15
-        for unit in search.layers:
-            assert unit.speedup is not None and unit.quantized == (unit.reason is None)
+        assert len({layer.layer for layer in search.layers}) == len(search.layers) == 15
+        for layer in search.layers:
+            assert layer.speedup is not None and layer.quantized == (layer.reason is None)
             # A layer is left out for speed without being measured for quality.
-            assert (unit.error is None) == (unit.reason is not None and "slower" in unit.reason)
+            assert (layer.error is None) == (layer.reason is not None and "slower" in layer.reason)
         found[budget] = search
         report = (tmp_path / f"out{budget}" / "report.html").read_text()
         assert "How the layers to quantize were chosen" in report
         sentences = [sentence for sentence in artifact.unmet if "auto:" in sentence]
         assert bool(sentences) == (not search.met)
     assert found[1000.0].met
-    assert all(unit.quantized or "slower" in str(unit.reason) for unit in found[1000.0].layers)
-    strict = [unit for unit in found[0.0].layers if unit.quantized]
-    assert len(strict) < len([unit for unit in found[1000.0].layers if unit.quantized]) or found[0.0].drop <= 0
+    assert all(layer.quantized or "slower" in str(layer.reason) for layer in found[1000.0].layers)
+    assert found[1000.0].measured == 1
+    assert found[0.0].quantized_share < found[1000.0].quantized_share or found[0.0].drop <= 0
 
 
 def test_flags_say_what_the_recipe_says(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

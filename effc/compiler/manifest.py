@@ -342,24 +342,25 @@ class AttentionSearch(Record):
 
 
 class QuantizedLayer(Record):
-    """Layers that read the same value, and what was measured when it was chosen whether to quantize them.
+    """A layer, and what was found when it was chosen whether to quantize it.
 
-    ``error`` and ``drop`` are the relative error of the model's output and the quality lost when they alone are
-    quantized, ``speedup`` is that of one of them alone against fp32; None where it was not measured. ``reason`` says
-    why they stay in fp32.
+    ``error`` is the estimated change of the model's output when it alone is quantized, ``speedup`` its own against
+    fp32; None where it was not measured. ``weights`` is its size, ``reason`` says why it stays in fp32.
     """
 
     layer: str
-    layers: list[str]
+    weights: int
     quantized: bool
     reason: str | None = None
     error: float | None = None
-    drop: float | None = None
     speedup: float | None = None
 
 
 class QuantizationSearch(Record):
-    """How the layers to quantize were chosen: ``drop`` is what the whole choice loses, against ``budget``."""
+    """How the layers to quantize were chosen: ``drop`` is what the whole choice loses, against ``budget``.
+
+    ``error_name`` says what the errors of the layers are, ``measured`` how many choices were run.
+    """
 
     request: str
     mode: str
@@ -368,15 +369,24 @@ class QuantizationSearch(Record):
     samples: int
     tokens: int
     layers: list[QuantizedLayer]
+    error_name: str
     drop: float
     drop_name: str
     output_error: float
     met: bool
+    measured: int
     seconds: float
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of the layers' weights that is quantized."""
+        return sum(layer.weights for layer in self.layers if layer.quantized) / max(
+            1, sum(layer.weights for layer in self.layers)
+        )
 
     def reasons(self) -> dict[str, tuple[str, str]]:
         """Mode and reason of every layer that stays in fp32."""
-        return {name: ("none", unit.reason or "") for unit in self.layers if not unit.quantized for name in unit.layers}
+        return {layer.layer: ("none", layer.reason or "") for layer in self.layers if not layer.quantized}
 
 
 class Manifest(Record):

@@ -222,9 +222,9 @@ def explain(manifest: Manifest) -> list[str]:
     if (checkpoint := manifest.checkpoint) and checkpoint.reason:
         result.append(f"transformers alone cannot load {checkpoint.directory}/: {checkpoint.reason}.")
     if selected := manifest.quantization_search:
-        taken, groups = sum(unit.quantized for unit in selected.layers), len(selected.layers)
+        taken, layers = sum(layer.quantized for layer in selected.layers), len(selected.layers)
         result.append(
-            f"{selected.request} quantized {taken} of {groups} groups of layers to {selected.mode}: "
+            f"{selected.request} quantized {taken} of {layers} layers to {selected.mode}: "
             f"{number(selected.drop)} {selected.drop_name}, against a budget of {selected.budget:g}."
         )
     if kept := [layer for layer in manifest.attention if not layer.rewritten]:

@@ -188,27 +188,27 @@ def probe(passes: Sequence[PassRecord]) -> Markup | None:
 
 
 def quantization(search: QuantizationSearch) -> Markup | None:
-    """A bar for each group of layers: relative error of the output when it alone is quantized; those that stay in fp32
-    are pale. None where nothing was measured."""
-    measured = [(number, unit) for number, unit in enumerate(search.layers) if unit.error]
+    """A bar for each layer: the change of the output when it alone is quantized, in other colours for those that stay
+    in fp32. None where nothing was measured."""
+    measured = [(number, layer) for number, layer in enumerate(search.layers) if layer.error]
     if not measured:
         return None
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "quantization"}):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axes = figure.subplots()
         for quantized, colour, label in ((True, COMPILED, "quantized"), (False, LOSS, "kept in fp32")):
-            bars = [(number, unit.error) for number, unit in measured if unit.quantized == quantized]
+            bars = [(number, layer.error) for number, layer in measured if layer.quantized == quantized]
             if bars:
                 places, errors = zip(*bars, strict=True)
                 axes.bar(places, errors, color=colour, width=0.8, linewidth=0, label=label)
         axes.set_yscale("log")
         axes.set_xlabel("layers, from input to output")
-        axes.set_ylabel("relative error alone")
+        axes.set_ylabel("error alone")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(True, axis="y")
         axes.legend(frameon=False, fontsize=8.5)
-        return as_svg(figure, "Relative error of the output when one group of layers alone is quantized")
+        return as_svg(figure, "Change of the output when one layer alone is quantized")
 
 
 def sensitivity(search: AttentionSearch, numbers: dict[str, int]) -> Markup:

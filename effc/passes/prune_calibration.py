@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from effc.errors import DataError, PreconditionError
 
-# Of the outputs that a model may have, the first that is there is what pruning tries to keep.
-_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+# Of the outputs that a model may have, the first that is there is what a change is judged by.
+OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 # Second moments that are held at a time; larger models are measured in several runs.
 _MOMENT_BYTES = 1 << 30
 _STAGES = 6
@@ -120,7 +120,7 @@ class Calibration:
 
         with _hooked(self.model, {name: hook_of(name) for name in names}), torch.no_grad():
             for batch in self._told("activations"):
-                seen["tensor"], seen["mask"] = None, _masks(batch)
+                seen["tensor"], seen["mask"] = None, token_masks(batch)
                 self.model(**batch, **self._extra)
         missing = [name for name in names if name not in found]
         if missing:
@@ -166,10 +166,10 @@ class Calibration:
         hooks = {name: hook_of(name, width) for name, width in readers.items()}
         with _hooked(self.model, hooks), torch.enable_grad():
             for batch in self._told("gradients"):
-                current["mask"] = _masks(batch)
+                current["mask"] = token_masks(batch)
                 outputs = self.model(**batch, **self._extra)
-                name = next(name for name in _OUTPUTS if outputs.get(name) is not None)
-                _direction(name, outputs[name], current["mask"], generator).backward()
+                name = next(name for name in OUTPUTS if outputs.get(name) is not None)
+                output_direction(name, outputs[name], current["mask"], generator).backward()
         missing = [name for name in readers if name not in owed]
         if missing:
             raise DataError(f"The model's output does not depend on '{missing[0]}'.", "Leave it out with exclude.")
@@ -212,15 +212,20 @@ def real_rows(value: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tenso
     return value.reshape(-1, value.shape[-1])
 
 
-def _masks(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def token_masks(batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     names = ("attention_mask", "decoder_attention_mask")
     return [batch[name].bool() for name in names if name in batch and batch[name].ndim == 2]
 
 
-def _direction(
+def output_direction(
     name: str, output: torch.Tensor, masks: Sequence[torch.Tensor], generator: torch.Generator
 ) -> torch.Tensor:
-    """A scalar whose gradient is a random direction of the output, in the metric that fits it."""
+    """A scalar whose gradient is a random direction of the output, in the metric that fits it.
+
+    The square of what a small change of the output changes in it is in expectation, summed over the rows: twice the
+    Kullback-Leibler divergence for logits of several classes (their Fisher information), the squared relative change
+    for anything else.
+    """
     rows = real_rows(output, masks)
     if name == "logits" and rows.shape[-1] > 1:
         chances = rows.detach().softmax(-1)

@@ -13,7 +13,7 @@ from effc.passes.quantize_fp8 import QuantizeFp8
 from effc.passes.quantize_half import HALVES, StoreHalf
 from effc.passes.quantize_int8 import QuantizeInt8
 from effc.passes.quantize_observe import Remembered
-from effc.passes.quantize_replace import Switches
+from effc.passes.quantize_replace import Beside
 from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
 from effc.passes.quantize_smooth import Smooth, smooths
@@ -27,7 +27,7 @@ def quantizing_passes(
     calibration: Sequence[Batch] | None,
     schemes: Schemes | None = None,
     remembered: Remembered | None = None,
-    switches: Switches | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[GraphPass]:
     """The passes for the modes of ``settings``.
 
@@ -35,7 +35,7 @@ def quantizing_passes(
         calibration: batches of model inputs, or None.
         schemes: the mode of every layer; as the settings say if None.
         remembered: shared by the graphs of one model, so that they get equal weights.
-        switches: keep fp32 layers beside the quantized ones.
+        beside: keep fp32 layers beside the quantized ones.
     """
     schemes, remembered = schemes or Schemes(settings), remembered or Remembered()
     modes = settings.modes
@@ -46,21 +46,21 @@ def quantizing_passes(
         alone = False
     common = (calibration, schemes, remembered)
     if "int8" in modes:
-        yield QuantizeInt8(settings, *common, alone=alone, switches=switches)
+        yield QuantizeInt8(settings, *common, alone=alone, beside=beside)
         alone = False
     if "fp8" in modes:
-        yield QuantizeFp8(settings, *common, alone=alone, switches=switches)
+        yield QuantizeFp8(settings, *common, alone=alone, beside=beside)
         alone = False
     for bits in (8, 4):
         if f"int{bits}-weights" in modes:
-            yield QuantizeWeights(settings, bits, *common, alone=alone, switches=switches)
+            yield QuantizeWeights(settings, bits, *common, alone=alone, beside=beside)
             alone = False
-    if settings.attention != "none" and switches is None:
+    if settings.attention != "none" and beside is None:
         yield QuantizeAttention(settings, calibration, remembered, alone=alone)
         alone = False
     # Last, so that what they store is not taken for a weight of another type.
     for half in HALVES:
-        if half in modes and switches is None:
+        if half in modes and beside is None:
             yield StoreHalf(settings, half, schemes, alone=alone)
             alone = False
 

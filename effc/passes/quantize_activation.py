@@ -23,6 +23,7 @@ class NumberFormat:
         dtype: the type in the graph.
         zero: zero of that type, which tells QuantizeLinear the type.
         least_scale: what is smaller is as good as zero.
+        headroom: a fixed scale maps so many times the largest magnitude seen to :attr:`largest`.
         zero_when_back: give the zero to DequantizeLinear too. ONNX Runtime fuses INT8 products only then.
     """
 
@@ -31,12 +32,14 @@ class NumberFormat:
     dtype: ir.DataType
     zero: np.generic | np.ndarray[Any, Any]
     least_scale: float = LEAST_SCALE
+    headroom: float = 1.0
     zero_when_back: bool = False
 
 
 # fp16 holds no smaller number without losing digits, and the scale becomes one in engines.
 LEAST_HALF = float(np.finfo(np.float16).tiny)
-E4M3 = NumberFormat("fp8", 448.0, ir.DataType.FLOAT8E4M3FN, np.zeros((), ml_dtypes.float8_e4m3fn))
+# What is larger than anything seen in calibration would be cut off, which costs far more than FP8's smallest numbers.
+E4M3 = NumberFormat("fp8", 448.0, ir.DataType.FLOAT8E4M3FN, np.zeros((), ml_dtypes.float8_e4m3fn), headroom=2.0)
 INT8 = NumberFormat("int8", 127.0, ir.DataType.INT8, np.int8(0), LEAST_HALF, zero_when_back=True)
 FORMATS = {form.name: form for form in (E4M3, INT8)}
 
@@ -52,7 +55,7 @@ def rounded(
     """``value`` as it is after rounding, in nodes before a given one.
 
     Args:
-        peak: the largest magnitude, fixed; found in every run if None.
+        peak: the largest magnitude seen, which fixes the scale; found in every run if None.
         repeats: write a fixed scale so many times, once for each number of the last axis.
     """
     shape = () if peak is None or repeats is None else (repeats,)
@@ -60,7 +63,7 @@ def rounded(
     if peak is None:
         (scale,) = _found_scale(editor, before, value, form)
     else:
-        step = np.full(shape, max(peak / form.largest, form.least_scale), np.float32)
+        step = np.full(shape, max(form.headroom * peak / form.largest, form.least_scale), np.float32)
         scale = editor.initializer(f"{value.name}_scale", step)
     axis = {"axis": -1} if shape else {}
     codes = editor.insert(before, "QuantizeLinear", [value, scale, zero], axis, like=value, dtype=form.dtype)

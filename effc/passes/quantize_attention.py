@@ -40,7 +40,7 @@ class QuantizeAttention(Pass[ir.Model, ir.Model]):
     """
 
     name: ClassVar[str] = "quantize-attention"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from effc.passes.base import PassResult
 from effc.passes.quantize_activation import E4M3, rounded
 from effc.passes.quantize_exclude import Exclusion, Rules
-from effc.passes.quantize_gptq import round_with_feedback
+from effc.passes.quantize_gptq import Feedback, round_with_feedback
 from effc.passes.quantize_graph import Editor, initializer_bytes
 from effc.passes.quantize_numbers import LEAST_SCALE, Floats
 from effc.passes.quantize_pairs import Peaks, QuantizePairs
@@ -35,7 +35,7 @@ class QuantizeFp8(QuantizePairs):
     """Quantize linear layers to FP8; see :class:`QuantizeLinears` for the arguments."""
 
     name: ClassVar[str] = "quantize-fp8"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def requires(self, model: ir.Model) -> None:
         """Check that the graph is not quantized yet and its opset knows FP8.
@@ -80,34 +80,33 @@ class QuantizeFp8(QuantizePairs):
     def _rounded_weight(self, editor: Editor, before: ir.Node, name: str, weight: Floats, key: str) -> ir.Value:
         known = self._remembered.fp8
         if name not in known:
-            spread = self._spread(key) if self.settings.weights.method == "gptq" else None
-            known[name] = quantize_columns_fp8(weight, spread)
+            feedback = self._feedback(key) if self.settings.weights.method == "gptq" else None
+            known[name] = quantize_columns_fp8(weight, feedback)
         return _stored_weight(editor, before, name, *known[name])
 
 
-def quantize_columns_fp8(weight: Floats, spread: Floats | None = None) -> tuple[Numbers, Floats]:
+def quantize_columns_fp8(weight: Floats, feedback: Feedback | None = None) -> tuple[Numbers, Floats]:
     """E4M3 numbers shaped like ``weight [fan_in, fan_out]`` and a scale ``[fan_out]`` per output channel.
 
     Args:
-        spread: round by GPTQ with this spread of errors; to nearest if None.
+        feedback: round by GPTQ; to nearest if None.
     """
     scale = np.maximum(np.abs(weight).max(axis=0) / E4M3.largest, LEAST_SCALE).astype(np.float32)
 
     def number(part: Floats) -> Numbers:
         return np.asarray(np.clip(part / scale, -E4M3.largest, E4M3.largest).astype(ml_dtypes.float8_e4m3fn))
 
-    if spread is None:
+    if feedback is None:
         return number(weight), scale
     values = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
-    place = 0
+    places = iter(feedback.order)
 
     def round_row(row: Floats, _: int) -> Floats:
-        nonlocal place
+        place = next(places)
         values[place] = number(row)
-        place += 1
-        return np.asarray(values[place - 1].astype(np.float32) * scale, np.float32)
+        return np.asarray(values[place].astype(np.float32) * scale, np.float32)
 
-    round_with_feedback(weight, spread, _GPTQ_BLOCK, lambda left: round_row)
+    round_with_feedback(weight[feedback.order], feedback.spread, _GPTQ_BLOCK, lambda left: round_row)
     return values, scale
 
 

@@ -8,8 +8,10 @@ and none for FP8.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from effc.passes.quantize_numbers import Floats
 
@@ -31,6 +33,24 @@ def error_spread(gram: Floats) -> Floats:
     moments[dead, dead] = 1
     moments[np.diag_indices(len(moments))] += _DAMPING * float(np.mean(np.diag(moments)))
     return np.linalg.cholesky(np.linalg.inv(moments)).T.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """An order of inputs, those with the largest second moments first, and how errors spread in that order.
+
+    What is rounded first has the most inputs behind it to make up for its errors (`act-order` of GPTQ's reference
+    code). Blocks of inputs that share a scale have to stay together; inputs of one scale are free.
+    """
+
+    order: npt.NDArray[np.intp]
+    spread: Floats
+
+    @classmethod
+    def of(cls, gram: Floats) -> Feedback:
+        """From second moments ``[fan_in, fan_in]``."""
+        order = np.argsort(-np.diag(gram), kind="stable")
+        return cls(order, error_spread(gram[np.ix_(order, order)]))
 
 
 def round_with_feedback(weight: Floats, spread: Floats, block_size: int, grid: Callable[[Floats], RoundRow]) -> Floats:

@@ -77,7 +77,7 @@ class QuantizeInt8(QuantizeLinears):
         self.requires(model)
         before = initializer_bytes(model)
         split = split_slow_fusions(model)
-        embeddings = self.settings.embeddings and self._switches is None
+        embeddings = self.settings.embeddings and self._beside is None
         plan = make_plan(model.graph, self._exclusion(model), embeddings=embeddings)
         form = self._form()
         keys = plan.keys()
@@ -89,13 +89,13 @@ class QuantizeInt8(QuantizeLinears):
             means,
             reduce_range=self.settings.reduce_range,
             per_token=form == "per-token",
-            switches=self._switches,
+            beside=self._beside,
         )
         for linear, chosen in plan.linears:
             rewriter.linear(linear, chosen)
         for embedding in plan.embeddings:
             rewriter.embedding(embedding)
-        if self._switches is None:
+        if self._beside is None:
             rewriter.editor.drop_unused_initializers()
         metrics = {
             "form": form,

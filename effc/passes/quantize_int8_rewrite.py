@@ -21,7 +21,7 @@ from effc.passes.quantize_numbers import (
     quantize_columns,
 )
 from effc.passes.quantize_plan import input_of
-from effc.passes.quantize_replace import Switches, replace_linear
+from effc.passes.quantize_replace import Beside, replace_linear
 
 _TOKEN_STEPS = 127
 
@@ -55,7 +55,7 @@ class Int8Rewriter:
         means: the mean of each input ``[fan_in]`` by its name, of those whose bias is to be corrected.
         reduce_range: weights of 7 bits.
         per_token: a scale per token in place of one per tensor.
-        switches: keep the fp32 layers beside the INT8 ones.
+        beside: keep the fp32 layers beside the INT8 ones.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Int8Rewriter:
         *,
         reduce_range: bool,
         per_token: bool,
-        switches: Switches | None = None,
+        beside: Beside | None = None,
     ):
         self.editor = Editor(graph)
         self.changed: list[str] = []
-        self._switches = switches
+        self._beside = beside
         self._ranges = ranges
         self._means = means
         self._reduce_range = reduce_range
@@ -91,7 +91,7 @@ class Int8Rewriter:
             make = self._dynamic if activation.constant is None else self._static
             return make(linear, columns, activation, weight, bias)
 
-        self.changed += replace_linear(self.editor, linear, chosen, build, self._switches)
+        self.changed += replace_linear(self.editor, linear, chosen, build, self._beside)
 
     def embedding(self, embedding: Embedding) -> None:
         """Replace a lookup of fp32 rows by one of int8 rows and their scales."""
@@ -183,7 +183,7 @@ class Int8Rewriter:
         node, insert, like = linear.node, self.editor.insert, columns.output
         assert x.constant is not None
         # With a switch the Add has to stay behind it.
-        adder = None if bias is not None or self._switches is not None else _bias_behind(columns)
+        adder = None if bias is not None or self._beside is not None else _bias_behind(columns)
         if adder is not None:
             bias = _bias_of(adder)
         bias = self._corrected(linear, columns, weight, bias)

@@ -11,11 +11,11 @@ from effc.errors import PreconditionError
 from effc.passes.base import Pass
 from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_exclude import Exclusion
-from effc.passes.quantize_gptq import error_spread
+from effc.passes.quantize_gptq import Feedback, error_spread
 from effc.passes.quantize_numbers import Floats
 from effc.passes.quantize_observe import Remembered, observe
 from effc.passes.quantize_plan import check_globs, check_nothing_left, check_unquantized
-from effc.passes.quantize_replace import Switches
+from effc.passes.quantize_replace import Beside
 from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
 
@@ -29,7 +29,7 @@ class QuantizeLinears(Pass[ir.Model, ir.Model]):
         schemes: which layers are meant; as the settings say if None.
         remembered: what another graph of the same model has found, and takes what this one finds.
         alone: refuse a graph that holds anything quantized.
-        switches: keep the fp32 layers beside the quantized ones.
+        beside: keep the fp32 layers beside the quantized ones.
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class QuantizeLinears(Pass[ir.Model, ir.Model]):
         remembered: Remembered | None = None,
         *,
         alone: bool = True,
-        switches: Switches | None = None,
+        beside: Beside | None = None,
     ):
         self.settings: QuantizationSection = settings
         self.calibration = calibration
         self._schemes = schemes or Schemes(settings)
         self._remembered = remembered or Remembered()
-        self._alone, self._switches = alone, switches
+        self._alone, self._beside = alone, beside
         self._spreads: dict[str, Floats] = {}
+        self._feedbacks: dict[str, Feedback] = {}
 
     def requires(self, model: ir.Model) -> None:
         """Check that the graph is not quantized yet and that every glob of the recipe matches something.
@@ -87,6 +88,14 @@ class QuantizeLinears(Pass[ir.Model, ir.Model]):
             assert gram is not None
             self._spreads = {key: error_spread(gram)}
         return self._spreads[key]
+
+    def _feedback(self, key: str) -> Feedback:
+        """The same, with the inputs in the order in which they are best rounded."""
+        if key not in self._feedbacks:
+            gram = self._remembered.smoothed(key).gram
+            assert gram is not None
+            self._feedbacks = {key: Feedback.of(gram)}
+        return self._feedbacks[key]
 
     def ensures(self, model: ir.Model) -> None:
         """Check that no layer is left in fp32 without a reason.

@@ -51,8 +51,8 @@ class QuantizePairs(QuantizeLinears):
                     (result,) = editor.insert(node, "Add", [result, addend], like=columns.output)
                 return result
 
-            changed += replace_linear(editor, linear, chosen, build, self._switches)
-        if self._switches is None:
+            changed += replace_linear(editor, linear, chosen, build, self._beside)
+        if self._beside is None:
             editor.drop_unused_initializers()
         return changed
 

@@ -27,7 +27,7 @@ from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_numbers import Floats
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_plan import input_of, make_plan
-from effc.passes.quantize_replace import Switches, replace_linear
+from effc.passes.quantize_replace import Beside, replace_linear
 from effc.passes.quantize_schemes import Schemes
 from effc.passes.quantize_settings import QuantizationSection
 
@@ -51,9 +51,9 @@ class QuantizeWeights(QuantizeLinears):
         remembered: Remembered | None = None,
         *,
         alone: bool = True,
-        switches: Switches | None = None,
+        beside: Beside | None = None,
     ):
-        super().__init__(settings, calibration, schemes, remembered, alone=alone, switches=switches)
+        super().__init__(settings, calibration, schemes, remembered, alone=alone, beside=beside)
         self.bits = bits
 
     @property
@@ -107,8 +107,8 @@ class QuantizeWeights(QuantizeLinears):
                     made[place] = _constants(editor, columns.name, blocks), blocks
                 return self._product(editor, linear, columns, *made[place], bias, sums)
 
-            changed += replace_linear(editor, linear, chosen, build, self._switches)
-        if self._switches is None:
+            changed += replace_linear(editor, linear, chosen, build, self._beside)
+        if self._beside is None:
             editor.drop_unused_initializers()
             embeddings = self._embeddings(model, editor, plan.skipped)
             changed += embeddings
