@@ -17,7 +17,7 @@ import onnx_ir as ir
 from effc.errors import PassFailedError, PreconditionError
 from effc.passes.base import Pass, PassResult
 from effc.passes.quantize_activation import FORMATS, rounded
-from effc.passes.quantize_calibrate import Batch, measure_ranges
+from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_graph import Editor
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_plan import check_globs, check_opset, check_unquantized
@@ -129,11 +129,8 @@ class QuantizeAttention(Pass[ir.Model, ir.Model]):
         """Measured on the calibration data, or remembered; nothing where there are no data."""
         if self.calibration is None:
             return {}
-        known = self._remembered.ranges
-        if missing := [value for value, key in keys.items() if key not in known]:
-            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
-            known.update({keys[value]: measured[str(value.name)] for value in missing})
-        return {value: max(abs(edge) for edge in known[key]) for value, key in keys.items()}
+        ranges = self._remembered.measured_ranges(model, keys, self.calibration, self.settings.calibration)
+        return {value: max(abs(low), abs(high)) for value, (low, high) in ranges.items()}
 
 
 def _width(node: ir.Node, place: int) -> int:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from effc.errors import PreconditionError
 from effc.passes.base import PassResult
-from effc.passes.quantize_calibrate import Range, measure_ranges
+from effc.passes.quantize_calibrate import Range
 from effc.passes.quantize_exclude import Exclusion
 from effc.passes.quantize_graph import initializer_bytes
 from effc.passes.quantize_int8_rewrite import Int8Rewriter
@@ -128,10 +128,8 @@ class QuantizeInt8(QuantizeLinears):
                 if key in stats and key not in known:
                     seen = self._remembered.smoothed(key)
                     known[key] = float(seen.low.min()), float(seen.high.max())
-        if missing := [value for value, key in keys.items() if key not in known]:
-            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
-            known.update({keys[value]: measured[str(value.name)] for value in missing})
-        return {str(value.name): known[key] for value, key in keys.items()}
+        ranges = self._remembered.measured_ranges(model, keys, self.calibration, self.settings.calibration)
+        return {str(value.name): found for value, found in ranges.items()}
 
     def _means(self, model: ir.Model, keys: dict[ir.Value, str]) -> dict[str, Floats]:
         """The mean of each input ``[fan_in]``, by its name in this graph."""

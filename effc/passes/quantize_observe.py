@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,16 @@ import onnx_ir as ir
 
 from effc.errors import DataError
 from effc.passes.quantize_blocks import Blocks
-from effc.passes.quantize_calibrate import Batch, check_inputs, session_with_outputs, single_samples
+from effc.passes.quantize_calibrate import (
+    Batch,
+    Range,
+    check_inputs,
+    measure_ranges,
+    session_with_outputs,
+    single_samples,
+)
 from effc.passes.quantize_numbers import Floats
+from effc.passes.quantize_settings import CalibrationSection
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +69,7 @@ class Remembered:
 
     stats: dict[str, ChannelStats] = field(default_factory=dict)
     smoothing: dict[str, Floats] = field(default_factory=dict)
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ranges: dict[str, Range] = field(default_factory=dict)
     weights: dict[tuple[str, str], Blocks] = field(default_factory=dict)
     fp8: dict[str, tuple[Array, Floats]] = field(default_factory=dict)
 
@@ -70,6 +78,19 @@ class Remembered:
         for key, stats in found.items():
             scale = self.smoothing.get(key)
             self.stats[key] = stats if scale is None else stats.divided((1 / scale).astype(np.float32))
+
+    def measured_ranges(
+        self, model: ir.Model, keys: Mapping[ir.Value, str], batches: Iterable[Batch], settings: CalibrationSection
+    ) -> dict[ir.Value, Range]:
+        """The range of each activation of a graph, measured unless another graph's was.
+
+        Args:
+            keys: the values and the names of the first layers that read them.
+        """
+        if missing := [value for value, key in keys.items() if key not in self.ranges]:
+            measured = measure_ranges(model, missing, batches, settings)
+            self.ranges.update({keys[value]: measured[str(value.name)] for value in missing})
+        return {value: self.ranges[key] for value, key in keys.items()}
 
     def smoothed(self, key: str) -> ChannelStats:
         """The figures of an activation as it is in a smoothed graph."""

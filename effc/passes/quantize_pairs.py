@@ -6,7 +6,6 @@ from abc import abstractmethod
 
 import onnx_ir as ir
 
-from effc.passes.quantize_calibrate import measure_ranges
 from effc.passes.quantize_find import Columns, Linear
 from effc.passes.quantize_graph import Editor
 from effc.passes.quantize_linears import QuantizeLinears
@@ -59,8 +58,5 @@ class QuantizePairs(QuantizeLinears):
     def _peaks(self, model: ir.Model, plan: Plan) -> Peaks:
         """Measured on the calibration data, or remembered."""
         assert self.calibration is not None
-        known, keys = self._remembered.ranges, plan.keys()
-        if missing := [value for value, key in keys.items() if key not in known]:
-            measured = measure_ranges(model, missing, self.calibration, self.settings.calibration)
-            known.update({keys[value]: measured[str(value.name)] for value in missing})
-        return {str(value.name): max(abs(edge) for edge in known[key]) for value, key in keys.items()}
+        ranges = self._remembered.measured_ranges(model, plan.keys(), self.calibration, self.settings.calibration)
+        return {str(value.name): max(abs(low), abs(high)) for value, (low, high) in ranges.items()}
