@@ -15,11 +15,21 @@ inline void widen(const int8_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
+// As many numbers of half precision as the instruction set reads by itself; returns how many.
+template <class Vectors>
+inline int64_t widen_vectors(const uint16_t* from, int64_t count, float* to) {
+  int64_t done = 0;
+  if constexpr (Vectors::kReadsHalf) {
+    for (; done + kWidth <= count; done += kWidth) Vectors::store(to + done, Vectors::load_half(from + done));
+  }
+  return done;
+}
+
 // IEEE 754 half precision, subnormal numbers and infinities included. Masks, because GCC turns no choice that begins
 // with a conversion into vectors.
 inline void widen(const uint16_t* from, int64_t count, float* to) {
   constexpr int32_t kRebias = (127 - 15) << 23, kSmallestNormal = 0x0400, kLargest = 0x7bff;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = widen_vectors<Simd>(from, count, to); i < count; ++i) {
     const int32_t half = static_cast<int16_t>(from[i]);
     const int32_t magnitude = half & 0x7fff;
     const int32_t is_subnormal = (magnitude - kSmallestNormal) >> 31;

@@ -24,6 +24,7 @@ struct Simd {
   static Float load_first(const float* p, int count) {
     return _mm256_maskload_ps(p, _mm256_castps_si256(mask((1u << count) - 1)));
   }
+  static constexpr bool kReadsHalf = false;
   static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }

@@ -24,6 +24,11 @@ struct Simd {
   static Float load_first(const float* p, int count) {
     return _mm512_maskz_loadu_ps(static_cast<Mask>((1u << count) - 1), p);
   }
+  // 16 numbers of half precision.
+  static constexpr bool kReadsHalf = true;
+  static Float load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }

@@ -28,6 +28,7 @@ struct Simd {
     for (int lane = 0; lane < count; ++lane) x[lane] = p[lane];
     return x;
   }
+  static constexpr bool kReadsHalf = false;
   static void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
   static Float add(Float a, Float b) { return a + b; }
   static Float sub(Float a, Float b) { return a - b; }
