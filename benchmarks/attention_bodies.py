@@ -26,7 +26,8 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from effc.compiler.bench import Candidate, Worker, measure
+from effc.compiler.bench import measure
+from effc.compiler.bench_process import Candidate, Worker
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.machine import usable_cores
 from effc.plugins.forms.registry import parse_form

@@ -28,7 +28,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import effc
-from effc.compiler.bench import Worker
+from effc.compiler.bench_process import Worker
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.machine import usable_cores
 from effc.compiler.runtime import loadable_native_library, read_manifest

@@ -31,7 +31,8 @@ from packaged import minilm, review_rows, smollm2
 from sentiment import accuracy, embed, fit_head
 from transformers import BertConfig, BertModel
 
-from effc.compiler.bench import Candidate, measure
+from effc.compiler.bench import measure
+from effc.compiler.bench_process import Candidate
 from effc.compiler.compress import Compression, Probe, run_torch
 from effc.compiler.exported import export_now
 from effc.compiler.feeds import TensorSpec

@@ -14,7 +14,9 @@ import pytest
 from tiny_artifacts import LAYER, VOCABULARY, image_artifact, make_artifact, token_manifest, token_model
 
 import effc
-from effc.compiler.bench import Candidate, Worker, bench, break_even, choose_lengths, measure
+from effc.compiler.bench import bench, choose_lengths, measure
+from effc.compiler.bench_process import Candidate, Worker
+from effc.compiler.bench_ratios import break_even
 from effc.compiler.feeds import TensorSpec, random_inputs
 from effc.compiler.runtime import read_manifest
 from effc.errors import EffcError, OutputError, UsageError
@@ -190,7 +192,8 @@ def test_the_worker_imports_nothing_heavy() -> None:
 def test_no_worker_outlives_its_parent(artifact: Path, how: signal.Signals) -> None:
     code = (
         "import sys; from dataclasses import asdict; from pathlib import Path\n"
-        "from effc.compiler.bench import Candidate, Worker, _request\n"
+        "from effc.compiler.bench import _request\n"
+        "from effc.compiler.bench_process import Candidate, Worker\n"
         "from effc.compiler.feeds import TensorSpec\n"
         "specs = [TensorSpec(n, 'int64', ('batch', 'sequence'), 1)"
         " for n in ('input_ids', 'attention_mask', 'token_type_ids')]\n"

@@ -69,6 +69,7 @@ _CONFIGS: dict[str, Any] = {
         "RobertaConfig", _SIZES | {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
     ),
     "Llama": _config("LlamaConfig", _SIZES | {"num_key_value_heads": 1}),
+    "Mistral": _config("MistralConfig", _SIZES | {"num_key_value_heads": 1}),
     "GPT2": _config(
         "GPT2Config",
         {

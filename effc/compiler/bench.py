@@ -7,51 +7,31 @@ figure on a machine that does other work; wall time is recorded beside it.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from statistics import median
-from types import TracebackType
 from typing import Any
 
+from effc.compiler.bench_decode import bench_decode
+from effc.compiler.bench_process import DENSE_FORM_KEY, Candidate, Worker, take_turns
+from effc.compiler.bench_ratios import compared
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.kernels import attention_kernels, attention_summary, linear_kernels
 from effc.compiler.machine import describe_machine, usable_cores
 from effc.compiler.manifest import BenchRecord, Manifest, Timing
 from effc.compiler.runtime import MODEL_NAME, check_files, loadable_native_library, model_files, read_manifest
 from effc.compiler.session import KernelEvent, Profile
-from effc.errors import EffcError, UsageError
+from effc.compiler.twin import dense_decode_twin, dense_twin
+from effc.errors import PreconditionError, UsageError
 
 DEFAULT_LENGTHS = (128, 512, 1024, 2048, 4096)
 SECONDS_PER_ROUND = 0.3
 """Work per model, length and round; a run that takes longer is done once."""
 
-DENSE_FORM_KEY = "effc.dense_form"
-"""ONNX metadata key under which a dense twin says which form of attention it uses."""
-
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, steps done, steps in all)``."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to be timed.
-
-    Attributes:
-        model: path of the .onnx file.
-        library: native kernels to register, or None.
-    """
-
-    model: Path
-    library: Path | None = None
 
 
 def bench(
@@ -63,7 +43,9 @@ def bench(
     threads: int | None = None,
     native: bool = True,
     progress: Progress | None = None,
+    decode: bool = True,
     twin: str | Path | None = None,
+    decode_twin: Callable[[], Path] | None = None,
 ) -> BenchRecord:
     """Measure an artifact against the dense fp32 twin of its model.
 
@@ -75,11 +57,14 @@ def bench(
         threads: computing threads of each; as many as usable physical cores when None.
         native: use effc's native kernels where there are any.
         progress: told of every step.
+        decode: of a model that writes text also measure what a token costs, behind as many tokens as ``lengths`` say.
         twin: an .onnx file to compare with, in place of the dense twin that effc builds.
+        decode_twin: gives an .onnx file of :mod:`effc.exporters.decode_twin`; made by effc when None.
 
     Returns:
         Times per run in milliseconds and peak memory in MiB per length. ``speedup`` is the twin's CPU time over the
-        compiled model's, by medians; ``memory_ratio`` is the compiled model's peak over the twin's.
+        compiled model's, by medians; ``memory_ratio`` is the compiled model's peak over the twin's. ``decode`` holds
+        the same for one token.
 
     Raises:
         UsageError: if a length exceeds the model's maximum, or a parameter is out of range.
@@ -97,14 +82,14 @@ def bench(
     _check_batch(specs, batch)
     threads = threads or usable_cores()
     if twin is None:
-        from effc.compiler.twin import dense_twin
-
         twin = dense_twin(manifest)
     library = loadable_native_library() if native else None
     candidates = {"dense": Candidate(Path(twin)), "compiled": Candidate(directory / MODEL_NAME, library)}
 
+    generation = manifest.generation if decode else None
+    steps = len(chosen) + 1 + (0 if generation is None else len(chosen) + 2)
     if progress:
-        progress("which kernels run", 0, len(chosen) + 1)
+        progress("which kernels run", 0, steps)
     profiled = {
         name: profile(name, candidate, specs, batch=batch, length=chosen[0], threads=threads)
         for name, candidate in candidates.items()
@@ -112,29 +97,49 @@ def bench(
     timings: dict[str, dict[str, Timing]] = {name: {} for name in candidates}
     for done, length in enumerate(chosen, start=1):
         if progress:
-            progress(f"{length} tokens", done, len(chosen) + 1)
+            progress(f"{length} tokens", done, steps)
         for name, timing in measure(
             candidates, specs, length=length, batch=batch, rounds=rounds, threads=threads
         ).items():
             timings[name][str(length)] = timing
-    if progress:
-        progress("done", len(chosen) + 1, len(chosen) + 1)
+    written, why = None, None
+    if generation is not None:
+        told = count(len(chosen) + 1)
 
-    dense, compiled, events = timings["dense"], timings["compiled"], profiled["compiled"].events
-    speedup = {key: dense[key].cpu_ms / compiled[key].cpu_ms for key in compiled}
+        def tell(what: str) -> None:
+            if progress:
+                progress(what, next(told), steps)
+
+        tell("the dense model that writes")
+        try:
+            baseline = dense_decode_twin(manifest) if decode_twin is None else decode_twin()
+        except PreconditionError as error:
+            why = error.problem
+        else:
+            written = bench_decode(
+                Candidate(baseline),
+                Candidate(directory / generation.file, library),
+                generation,
+                lengths=chosen,
+                batch=batch,
+                rounds=rounds,
+                threads=threads,
+                seconds=SECONDS_PER_ROUND,
+                tell=tell,
+            )
+    if progress:
+        progress("done", steps, steps)
+
+    events = profiled["compiled"].events
     return BenchRecord(
+        **compared(timings["dense"], timings["compiled"]),
         batch=batch,
-        lengths=chosen,
         threads=threads,
-        dense=dense,
-        compiled=compiled,
-        speedup=speedup,
-        speedup_wall={key: dense[key].wall_ms / compiled[key].wall_ms for key in compiled},
-        memory_ratio={key: compiled[key].peak_rss_mib / dense[key].peak_rss_mib for key in compiled},
-        break_even_length=break_even({int(key): value for key, value in speedup.items()}),
         dense_form=profiled["dense"].metadata.get(DENSE_FORM_KEY) or attention_summary(profiled["dense"].events),
         kernels=attention_kernels(events, manifest.attention) | linear_kernels(events),
         machine=asdict(describe_machine()),
+        decode=written,
+        not_written=why,
     )
 
 
@@ -153,31 +158,11 @@ def measure(
     Raises:
         EffcError: if a model cannot be run.
     """
-    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in candidates}
-    runs = dict.fromkeys(candidates, 0)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, candidate.model)) for name, candidate in candidates.items()}
         for name, worker in workers.items():
             worker.ask(command="open", **_request(candidates[name], specs, batch, length, threads))
-            worker.ask(command="run", seconds=0)
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                answer = worker.ask(command="run", seconds=seconds)
-                samples[name][0].extend(answer["cpu_ms"])
-                samples[name][1].extend(answer["wall_ms"])
-                runs[name] += answer["runs"]
-        peaks = {name: worker.ask(command="memory")["peak_rss_mib"] for name, worker in workers.items()}
-    return {
-        name: Timing(
-            cpu_ms=median(cpu),
-            wall_ms=median(wall),
-            cpu_ms_min=min(cpu),
-            wall_ms_min=min(wall),
-            peak_rss_mib=peaks[name],
-            runs=runs[name],
-        )
-        for name, (cpu, wall) in samples.items()
-    }
+        return take_turns(workers, rounds, seconds)
 
 
 def profile(
@@ -228,109 +213,11 @@ def choose_lengths(manifest: Manifest, lengths: Sequence[int] | None) -> list[in
     return chosen
 
 
-def break_even(speedup: Mapping[int, float]) -> int | None:
-    """The shortest length from which on the compiled model is faster, interpolated between measured lengths.
-
-    The shortest measured length if it is faster there already; None if it is not faster at any.
-    """
-    previous: tuple[int, float] | None = None
-    for length, ratio in sorted(speedup.items()):
-        if ratio > 1:
-            if previous is None:
-                return length
-            shorter, below = previous
-            return math.ceil(shorter + (length - shorter) * (1 - below) / (ratio - below))
-        previous = length, ratio
-    return None
-
-
-class Worker:
-    """A process that runs one model, see ``bench_worker``. Ends with the ``with`` block, however that is left."""
-
-    def __init__(self, name: str, model: Path):
-        self._name = name
-        self._model = model
-
-    def __enter__(self) -> Worker:
-        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
-        package_root = str(Path(__file__).resolve().parents[2])
-        paths = [package_root, os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            self.command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            # Ctrl-C reaches this process only, which then ends the worker without a traceback of the worker's own.
-            start_new_session=True,
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            try:
-                if stream is not None:
-                    stream.close()
-            except BrokenPipeError:
-                pass
-
-    def command(self) -> list[str]:
-        """What to run."""
-        return [sys.executable, "-m", "effc.compiler.bench_worker"]
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer.
-
-        Raises:
-            EffcError: if the worker has died; the message ends with what it wrote last.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._death()
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _death(self) -> EffcError:
-        status = self._process.wait()
-        self._errors.seek(0)
-        tail = " ".join(self._errors.read().strip().split())[-600:]
-        if status == -signal.SIGKILL:
-            why = "was killed by the system, most likely for lack of memory"
-        elif status < 0:
-            why = f"was ended by {signal.Signals(-status).name}"
-        else:
-            why = f"ended with status {status}"
-        said = f", saying: {tail.rstrip('.')}." if tail else "."
-        memory = status == -signal.SIGKILL or "alloc" in tail
-        return EffcError(
-            f"The process that ran the {self._name} model '{self._model}' {why}{said}",
-            "Give shorter lengths or a smaller batch." if memory else "Compile the model again.",
-        )
-
-
 def _request(
     candidate: Candidate, specs: Sequence[TensorSpec], batch: int, length: int, threads: int
 ) -> dict[str, Any]:
     return {
-        "model": str(candidate.model),
-        "library": str(candidate.library) if candidate.library else None,
+        **candidate.to_json(),
         "threads": threads,
         "inputs": [spec.to_json() for spec in specs],
         "batch": batch,

@@ -7,6 +7,10 @@ Reads one JSON request per line from standard input and answers each with one JS
 of them; a sample is one run, or the mean of those that fit into the time below which the CPU clock is too coarse
 ``{"command": "profile", ...as open}`` -> ``{"events": [[node, operator, provider, dtype], ...], "metadata": {...}}``
 ``{"command": "memory"}`` -> ``{"peak_rss_mib"}``
+``{"command": "open steps", "model", "threads", "library", "record", "batch"}`` -> ``{"metadata"}``: a graph that
+writes, effc's where ``record`` says what it keeps, and otherwise one whose caches are written in place
+``{"command": "context", "length"}`` -> ``{}``: from here on ``run`` takes one token behind so many
+``{"command": "profile step", "model", "threads", "library", "record"}`` -> as ``profile``
 
 Imports only ONNX Runtime, numpy and the standard library. Ends when its input ends, even in the middle of a run, so
 that no worker outlives the process that started it.
@@ -20,12 +24,15 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
+from effc.compiler.decode_steps import CompiledSteps, SharedCacheSteps, Steps, feeds_of_step
 from effc.compiler.feeds import TensorSpec, random_inputs
 from effc.compiler.session import profile_kernels, session_options
 
@@ -40,25 +47,31 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     requests = _read_requests()
-    session: onnxruntime.InferenceSession | None = None
-    feeds: dict[str, Any] = {}
+    run: Callable[[], object] | None = None
+    steps: Steps | None = None
     try:
         while True:
             request = requests.get()
             answer: dict[str, Any]
             match request["command"]:
                 case "open":
-                    options, feeds = _options(request), _feeds(request)
-                    session = onnxruntime.InferenceSession(
-                        request["model"], options, providers=["CPUExecutionProvider"]
-                    )
+                    session, feeds = _session(request), _feeds(request)
                     feeds = {argument.name: feeds[argument.name] for argument in session.get_inputs()}
+                    run, answer = partial(session.run, None, feeds), {}
+                case "open steps":
+                    session = _session(request)
+                    steps, answer = _steps(session, request), {"metadata": session.get_modelmeta().custom_metadata_map}
+                    run = steps.run
+                case "context":
+                    assert steps is not None
+                    steps.prepare(request["length"])
                     answer = {}
                 case "run":
-                    assert session is not None
-                    answer = _run(session, feeds, request["seconds"])
-                case "profile":
-                    profile = profile_kernels(Path(request["model"]), _options(request), _feeds(request))
+                    assert run is not None
+                    answer = _run(run, request["seconds"])
+                case "profile" | "profile step" as command:
+                    given = _feeds(request) if command == "profile" else feeds_of_step(request["record"])
+                    profile = profile_kernels(Path(request["model"]), _options(request), given)
                     answer = {"events": [astuple(event) for event in profile.events], "metadata": profile.metadata}
                 case "memory":
                     answer = {"peak_rss_mib": _peak_rss_mib()}
@@ -81,6 +94,15 @@ def _read_requests() -> queue.SimpleQueue[dict[str, Any]]:
     return requests
 
 
+def _session(request: dict[str, Any]) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(request["model"], _options(request), providers=["CPUExecutionProvider"])
+
+
+def _steps(session: onnxruntime.InferenceSession, request: dict[str, Any]) -> Steps:
+    record, batch = request["record"], request["batch"]
+    return SharedCacheSteps(session, batch) if record is None else CompiledSteps(session, record, batch)
+
+
 def _options(request: dict[str, Any]) -> onnxruntime.SessionOptions:
     options = session_options(request["threads"], spinning=False)
     if request["library"]:
@@ -93,7 +115,7 @@ def _feeds(request: dict[str, Any]) -> dict[str, Any]:
     return random_inputs(specs, batch=request["batch"], length=request["length"], seed=request["seed"])
 
 
-def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _run(run: Callable[[], object], seconds: float) -> dict[str, Any]:
     cpu_ms: list[float] = []
     wall_ms: list[float] = []
     total = 0
@@ -102,7 +124,7 @@ def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Any], seconds: 
         runs = 0
         cpu, wall = time.process_time(), time.perf_counter()
         while not runs or time.perf_counter() - wall < min(seconds, SECONDS_PER_SAMPLE):
-            session.run(None, feeds)
+            run()
             runs += 1
         wall_ms.append((time.perf_counter() - wall) * 1e3 / runs)
         cpu_ms.append((time.process_time() - cpu) * 1e3 / runs)

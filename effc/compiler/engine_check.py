@@ -73,7 +73,7 @@ def check_engine(recipe: Recipe, calibration_given: bool = False) -> EnginePlan 
         if capability < least:
             raise PreconditionError(f"sm_{capability} {reason}", "Name another GPU in --arch, or choose another form.")
     _check_calibration(recipe.quantization, calibration_given)
-    if recipe.require.min_speedup is not None:
+    if recipe.require.min_speedup is not None or recipe.require.min_decode_speedup is not None:
         raise UsageError("A speed-up is required, and engines are not timed while compiling.", "Leave it out.")
     if recipe.engine.embed_plugin and not recipe.engine.plugin:
         raise UsageError("The plugin is to be put into the plan and is not used.", "Leave out one of the two.")

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 
-from effc.compiler.manifest import EngineRecord, EnginesRecord
-from effc.errors import UsageError
+from effc.compiler.engine_records import BuiltEngine, BuiltEngines
+from effc.errors import PreconditionError, UsageError
 from effc.exporters.cuda_device import device_capability
 from effc.exporters.tensorrt_flavours import FLAVOURS
 
 
-def what_is_missing(engines: EnginesRecord) -> str | None:
-    """Why the engines cannot run here, as a sentence with what to do about it; None if they can."""
+def what_is_missing(engines: BuiltEngines, gpu: int = 0) -> str | None:
+    """Why the engines cannot run here, as a sentence with what to do about it; None if they can.
+
+    Args:
+        gpu: number of the GPU that is to run them.
+    """
     flavour = FLAVOURS[engines.flavour]
     built = ", ".join(dict.fromkeys(engine.arch for engine in engines.engines))
-    capability = device_capability()
+    capability = device_capability(gpu)
     if capability is None:
-        return f"The engines need an NVIDIA GPU ({built}), and this machine has none that its driver knows."
+        which = "none that its driver knows" if gpu == 0 else f"no GPU {gpu}"
+        return f"The engines need an NVIDIA GPU ({built}), and this machine has {which}."
     if f"sm_{capability}" not in {engine.arch for engine in engines.engines}:
-        return f"The engines are for {built}, and this GPU is sm_{capability}: compile with --arch=sm_{capability}."
+        here = "this GPU" if gpu == 0 else f"GPU {gpu}"
+        return f"The engines are for {built}, and {here} is sm_{capability}: compile with --arch=sm_{capability}."
     if importlib.util.find_spec(engines.flavour) is None:
         return f"The engines need {flavour.name}: pip install {flavour.package}=={engines.version}."
     if importlib.util.find_spec("torch") is None:
@@ -28,13 +35,40 @@ def what_is_missing(engines: EnginesRecord) -> str | None:
     return None
 
 
-def engines_here(engines: EnginesRecord) -> dict[str, EngineRecord]:
-    """The engine of each graph for this machine's GPU."""
-    arch = f"sm_{device_capability()}"
+def engines_here(engines: BuiltEngines, gpu: int = 0) -> dict[str, BuiltEngine]:
+    """The engine of each graph for a GPU of this machine."""
+    arch = f"sm_{device_capability(gpu)}"
     return {engine.graph: engine for engine in engines.engines if engine.arch == arch}
 
 
-def choose_profile(engine: EngineRecord, shapes: Mapping[str, Sequence[int]]) -> int:
+def check_version(engines: BuiltEngines, installed: str) -> None:
+    """Compare the version of TensorRT that is imported with that which the engines were built with.
+
+    Raises:
+        PreconditionError: if they cannot run in it.
+    """
+    if not runs_in(engines.version, installed, engines.version_compatible):
+        flavour = FLAVOURS[engines.flavour]
+        raise PreconditionError(
+            f"The engines were built with {flavour.name} {engines.version}, and {installed} is installed here.",
+            f"Install theirs: pip install {flavour.package}=={engines.version}. Or compile again with this one.",
+        )
+
+
+def runs_in(built: str, installed: str, newer: bool) -> bool:
+    """Whether engines of one version of TensorRT run in another; the build number counts where both say it.
+
+    Args:
+        newer: they were built to run in newer releases of their major version.
+    """
+    ours, there = ([int(part) for part in re.findall(r"\d+", text)] for text in (built, installed))
+    count = min(len(ours), len(there))
+    if newer:
+        return ours[:1] == there[:1] and there[:count] >= ours[:count]
+    return ours[:count] == there[:count]
+
+
+def choose_profile(engine: BuiltEngine, shapes: Mapping[str, Sequence[int]]) -> int:
     """The profile tuned for the least that holds inputs of these shapes.
 
     Raises:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from effc.compiler.manifest import EnginesRecord
+from effc.compiler.engine_choice import check_version
+from effc.compiler.engine_records import BuiltEngines
 from effc.errors import MissingDependencyError, OutputError
 
 
@@ -45,7 +46,10 @@ class EngineContext(Protocol):
 
 
 class Device(Protocol):
-    """Tensors, streams and engines of one GPU. Tensors have ``shape`` and are contiguous."""
+    """Tensors, streams and engines of one GPU. Tensors have ``shape`` and are contiguous; slices of them are views."""
+
+    def activate(self) -> None:
+        """Make it the GPU that the calling thread works on, before it does."""
 
     def load(self, file: Path) -> Any:
         """The engine in a file."""
@@ -97,9 +101,19 @@ class Device(Protocol):
 
 
 class TorchDevice:
-    """The current GPU through torch and one TensorRT; see :class:`Device`."""
+    """A GPU through torch and one TensorRT; see :class:`Device`.
 
-    def __init__(self, path: Path, record: EnginesRecord):
+    Args:
+        path: the directory that the record's files lie in.
+        gpu: its number; work is queued on a stream of its own. If None, whichever is the caller's current one, and the
+            caller's current stream.
+
+    Raises:
+        MissingDependencyError: if torch sees no GPU.
+        PreconditionError: if the engines were built with another version of TensorRT.
+    """
+
+    def __init__(self, path: Path, record: BuiltEngines, gpu: int | None = None):
         import torch
 
         if not torch.cuda.is_available():
@@ -108,13 +122,17 @@ class TorchDevice:
                 "Install torch with CUDA: https://pytorch.org/get-started.",
             )
         self._torch = torch
+        self._gpu, self._stream = gpu, None
+        self.activate()
         self._trt = trt = importlib.import_module(record.flavour)
+        check_version(record, trt.__version__)
         self._logger = trt.Logger(trt.Logger.WARNING)
         if record.plugin is not None:
             trt.get_plugin_registry().load_library(str(path / record.plugin))
         self._runtime = trt.Runtime(self._logger)
-        if record.plugin_embedded and hasattr(self._runtime, "engine_host_code_allowed"):
-            # The library inside the plan is code; the artifact's hashes have been checked.
+        holds_code = record.plugin_embedded or record.version_compatible
+        if holds_code and hasattr(self._runtime, "engine_host_code_allowed"):
+            # A library or a runtime inside the plan is code; the artifact's hashes have been checked.
             self._runtime.engine_host_code_allowed = True
         self._dtypes = {
             trt.DataType.FLOAT: torch.float32,
@@ -124,6 +142,16 @@ class TorchDevice:
             trt.DataType.INT32: torch.int32,
             trt.DataType.BOOL: torch.bool,
         }
+
+    def activate(self) -> None:
+        if self._gpu is None:
+            return
+        # Both belong to the thread.
+        cuda = self._torch.cuda
+        cuda.set_device(self._gpu)
+        if self._stream is None:
+            self._stream = cuda.Stream()
+        cuda.set_stream(self._stream)
 
     def load(self, file: Path) -> Any:
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())

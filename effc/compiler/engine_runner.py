@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from effc.compiler.engine_choice import choose_profile
 from effc.compiler.engine_device import Device, EngineContext, EngineTensor
-from effc.compiler.manifest import EngineRecord
+from effc.compiler.engine_records import BuiltEngine
 from effc.errors import EffcError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,11 +53,12 @@ class EngineRunner:
 
     Attributes:
         graphs: the engines, by graph.
+        device: where they run.
     """
 
-    def __init__(self, device: Device, path: Path, engines: Mapping[str, EngineRecord]):
+    def __init__(self, device: Device, path: Path, engines: Mapping[str, BuiltEngine]):
         self.graphs = dict(engines)
-        self._device = device
+        self.device = device
         self._engines = {name: device.load(path / record.file) for name, record in engines.items()}
         self._tensors = {name: device.tensors(engine) for name, engine in self._engines.items()}
         self._lanes: dict[tuple[str, int], _Lane] = {}
@@ -82,11 +83,11 @@ class EngineRunner:
         with self._lock:
             lane = self._lanes.get((graph, number))
             if lane is None:
-                lane = self._lanes[graph, number] = _Lane(self._device.context(self._engines[graph], number))
+                lane = self._lanes[graph, number] = _Lane(self.device.context(self._engines[graph], number))
             stream = self._take(lane)
             results = self._bind(graph, lane.context, given)
             self._execute(graph, lane.context, stream)
-            lane.done = self._device.event(stream)
+            lane.done = self.device.event(stream)
         return results
 
     def capture(self, graph: str, shapes: Shapes) -> None:
@@ -99,7 +100,7 @@ class EngineRunner:
             UsageError: if an input is left out or no profile holds them.
             EffcError: if TensorRT does not take the work.
         """
-        device = self._device
+        device = self.device
         wanted = [tensor for tensor in self._tensors[graph] if tensor.is_input]
         for tensor in wanted:
             if tensor.name not in shapes:
@@ -119,24 +120,24 @@ class EngineRunner:
 
     def is_here(self, value: Any) -> bool:
         """Whether a value is a tensor of the device."""
-        return self._device.is_here(value)
+        return self.device.is_here(value)
 
     def numpy(self, value: Any) -> NDArray[Any]:
         """A tensor as a numpy array."""
-        return self._device.numpy(value)
+        return self.device.numpy(value)
 
     def inputs(self, graph: str) -> list[EngineTensor]:
         """What an engine reads."""
         return [tensor for tensor in self._tensors[graph] if tensor.is_input]
 
     def _given(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        return {tensor.name: self._device.tensor(feeds[tensor.name], tensor.dtype) for tensor in self.inputs(graph)}
+        return {tensor.name: self.device.tensor(feeds[tensor.name], tensor.dtype) for tensor in self.inputs(graph)}
 
     def _take(self, lane: _Lane) -> Any:
         """The caller's stream, behind what another one has queued on the lane."""
-        stream = self._device.current_stream()
+        stream = self.device.current_stream()
         if lane.done is not None and lane.stream != stream:
-            self._device.wait(stream, lane.done)
+            self.device.wait(stream, lane.done)
         lane.stream = stream
         return stream
 
@@ -148,7 +149,7 @@ class EngineRunner:
         results = {}
         for tensor in self._tensors[graph]:
             if not tensor.is_input:
-                results[tensor.name] = self._device.empty(context.shape(tensor.name), tensor.dtype)
+                results[tensor.name] = self.device.empty(context.shape(tensor.name), tensor.dtype)
                 context.set_address(tensor.name, results[tensor.name])
         return results
 
@@ -157,7 +158,7 @@ class EngineRunner:
             raise EffcError(f"TensorRT failed on the engine '{graph}'.", "Its messages are on stderr.")
 
     def _replay(self, captured: _Captured, given: Mapping[str, Any]) -> dict[str, Any]:
-        device = self._device
+        device = self.device
         with self._lock:
             stream = self._take(captured.lane)
             for name, value in given.items():

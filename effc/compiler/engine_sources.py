@@ -15,7 +15,7 @@ from effc.compiler.generation_build import forward_graph, with_positions
 from effc.compiler.manifest import AttentionLayer
 from effc.compiler.recipe import Recipe
 from effc.compiler.source import SourceModel
-from effc.exporters.engine_caches import add_decode_caches, add_prefill_outputs
+from effc.exporters.engine_caches import add_decode_caches, add_prefill_outputs, pads_in_front
 from effc.exporters.generation_derive import keep_last_position
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.prepare_engine import PrepareEngine
@@ -66,7 +66,7 @@ def generation_sources(
         caches = add(model)
         # Reads its weights where they lie.
         ir.save(model, str(path))
-        result.append(EngineSource(name, path, caches))
+        result.append(EngineSource(name, path, caches, pads=name == "decode" and pads_in_front(model)))
     exact = not recipe.quantization.formats & {"int8", "fp8"}
     result[1].step_error = step_error(source, forward, result[0].path, result[1].path, exact=exact)
     return result

@@ -23,7 +23,7 @@ from effc.compiler.engine_proof import graph_error
 from effc.compiler.manifest import EngineGraphRecord, EngineRecord, EnginesRecord, TensorRecord
 from effc.exporters.cuda_device import device_capability
 from effc.exporters.engine_build import Request, build_engine
-from effc.exporters.engine_caches import PAST, PRESENT, EngineCache
+from effc.exporters.engine_caches import EngineCache, half_caches
 from effc.exporters.engine_graph import EngineGraph, make_engine_graph, save_engine_graph
 from effc.exporters.engine_log import serve
 from effc.exporters.tensorrt_flavours import version_of
@@ -45,12 +45,14 @@ class EngineSource:
         path: the graph in fp32, quantized or not, with ``effc::`` operators.
         caches: what its attention layers keep; empty for ``forward``.
         step_error: of decoding token by token, see :class:`EngineGraphRecord`.
+        pads: of a decode graph, see :func:`pads_in_front`.
     """
 
     name: str
     path: Path
     caches: list[EngineCache] = field(default_factory=list)
     step_error: float | None = None
+    pads: bool = False
 
 
 def build_engines(
@@ -104,6 +106,7 @@ def build_engines(
         precision=plan.precision,
         plugin=f"{FOLDER}/{LIBRARY_NAME}" if copied else None,
         plugin_embedded=library is not None and settings.embed_plugin,
+        version_compatible=settings.version_compatible,
         graphs=graphs,
         engines=engines,
         not_run=NOT_RUN if device_capability() is None else None,
@@ -130,15 +133,14 @@ def plugin_library(capabilities: Sequence[int], tell: Tell | None = None) -> Pat
 
 def _graph(source: EngineSource, plan: EnginePlan, plugin: bool) -> EngineGraph:
     model = ir.load(str(source.path))
-    caches = [str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)]
-    as_half = [name for name in caches if name.startswith((PAST, PRESENT))]
+    as_half = half_caches(model.graph)
     return make_engine_graph(model, plan.precision, plugin=plugin, past=source.name == "decode", as_half=as_half)
 
 
 def _compare(
     source: EngineSource, plan: EnginePlan, graph: EngineGraph, exported: Path, probe: dict[str, Any], work: Path
 ) -> EngineGraphRecord:
-    record = EngineGraphRecord(step_error=source.step_error)
+    record = EngineGraphRecord(step_error=source.step_error, pads=source.pads)
     if graph.conversion is not None:
         record.kept_in_fp32, record.clipped = graph.conversion.kept, graph.conversion.clipped
     if source.name == "decode":

@@ -19,13 +19,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from effc.compiler.bench import DENSE_FORM_KEY
+from effc.compiler.bench_process import DENSE_FORM_KEY
 from effc.compiler.cache import cache_key, cached
 from effc.compiler.inputs import dynamic_axes, ragged_inputs
 from effc.compiler.manifest import AttentionLayer
 from effc.compiler.runtime import MODEL_NAME
 from effc.compiler.source import SourceModel
 from effc.compiler.toolchain import toolchain
+from effc.exporters.decode_twin import add_shared_caches
+from effc.exporters.generation_derive import keep_last_position
 from effc.exporters.onnx_graph import export_onnx, save_onnx
 from effc.passes.fuse_onnxruntime import FuseOnnxRuntime
 from effc.plugins.forms.heads import HeadForms
@@ -79,6 +81,11 @@ def export_now(source: SourceModel) -> ir.Model:
     return export_onnx(source.model, inputs, dynamic_axes(inputs))
 
 
+def has_head_forms(layers: list[AttentionLayer]) -> bool:
+    """Whether heads of one layer compute different forms, so that the graph is no longer the source model's."""
+    return any(isinstance(parse_form(layer.pattern), HeadForms) for layer in layers)
+
+
 def twin_of(exported: Path, key: str, layers: list[AttentionLayer], again: Callable[[], ir.Model]) -> Path:
     """Path of the dense twin of an exported graph.
 
@@ -87,13 +94,34 @@ def twin_of(exported: Path, key: str, layers: list[AttentionLayer], again: Calla
     """
 
     def make(directory: Path) -> None:
-        per_head = any(isinstance(parse_form(layer.pattern), HeadForms) for layer in layers)
-        model = again() if per_head else ir.load(str(exported))
+        model = again() if has_head_forms(layers) else ir.load(str(exported))
         restore_source_attention(model, layers)
         FuseOnnxRuntime().run(model)
         save_onnx(model, directory / MODEL_NAME)
 
     entry, _ = cached("twin", key, make)
+    return entry / MODEL_NAME
+
+
+def decode_twin_of(graph: ir.Model, key: str, layers: list[AttentionLayer]) -> Path:
+    """Path of the dense twin that takes one token, see :mod:`effc.exporters.decode_twin`.
+
+    Args:
+        graph: the forward graph that takes positions (unfused, fp32); it is used up.
+
+    Raises:
+        PreconditionError: if ONNX Runtime's kernel does not know the source model's attention.
+    """
+
+    def make(directory: Path) -> None:
+        restore_source_attention(graph, layers)
+        keep_last_position(graph.graph)
+        FuseOnnxRuntime().run(graph)
+        add_shared_caches(graph)
+        graph.metadata_props[DENSE_FORM_KEY] += " with caches in place"
+        save_onnx(graph, directory / MODEL_NAME)
+
+    entry, _ = cached("decode-twin", key, make)
     return entry / MODEL_NAME
 
 

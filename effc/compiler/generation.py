@@ -146,13 +146,8 @@ class Generator:
                 "If memory ran out, give fewer or shorter prompts.",
             ) from error
 
-    def example_step(self) -> dict[str, NDArray[Any]]:
-        """Feeds of the graph for one token with nothing before it."""
-        tokens, mask = np.zeros((1, 1), np.int64), np.ones((1, 1), dtype=bool)
-        return self._feeds(tokens, mask, _positions(mask), Memory(self.record, tokens, mask).last_feeds())
-
     def _feeds(self, tokens: Tokens, mask: Mask, positions: Tokens, caches: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        feeds = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
+        feeds = _all_feeds(tokens, mask, positions, caches)
         return {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self._inputs}
 
     def _count(self, length: int, wanted: int | None) -> int:
@@ -178,6 +173,12 @@ class Generator:
                 f"Ask for at most {room} new tokens, or shorten the prompt.",
             )
         return wanted or min(_NEW_TOKENS, room)
+
+
+def example_step(record: GenerationRecord) -> dict[str, NDArray[Any]]:
+    """Feeds for one token with nothing before it; positions and mask are there even if the graph does not take them."""
+    tokens, mask = np.zeros((1, 1), np.int64), np.ones((1, 1), dtype=bool)
+    return _all_feeds(tokens, mask, _positions(mask), Memory(record, tokens, mask).last_feeds())
 
 
 def align_left_padded(tokens: Tokens, mask: Mask | None) -> Prompt:
@@ -247,6 +248,10 @@ def tell(streamer: Streamer | Callable[[Any], Any] | None, value: Any) -> None:
     put: Any = getattr(streamer, "put", streamer)
     if put is not None:
         put(value)
+
+
+def _all_feeds(tokens: Tokens, mask: Mask, positions: Tokens, caches: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "position_ids": positions, **caches}
 
 
 def _last(outputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

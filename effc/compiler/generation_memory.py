@@ -68,6 +68,12 @@ class Memory:
         for part in self._parts:
             part.fill_with_noise(generator, self.tokens.shape[1])
 
+    def rewind(self, length: int) -> None:
+        """Forget the tokens behind the first ``length``, for measuring: changes in a ring or a state stays."""
+        self.tokens, self.mask = self.tokens[:, :length], self.mask[:, :length]
+        for part in self._parts:
+            part.rewind(length)
+
     def step_feeds(self, tokens: NDArray[np.int64]) -> Feeds:
         """The caches' inputs of a run over the next token of each sequence, ``[batch]``."""
         self.tokens = np.concatenate([self.tokens, tokens[:, None]], axis=1)
@@ -105,6 +111,10 @@ class _Part(ABC):
 
     @abstractmethod
     def fill_with_noise(self, generator: np.random.Generator, length: int) -> None: ...
+
+    def rewind(self, length: int) -> None:
+        """See :meth:`Memory.rewind`."""
+        return  # Places are written over.
 
     @abstractmethod
     def prompt_feeds(self, length: int) -> Feeds: ...
@@ -239,6 +249,11 @@ class _Ordered(_Carried):
 
     def _shape(self, shape: tuple[int, ...], length: int) -> tuple[int, ...]:
         return shape[0], length, shape[2]
+
+    def rewind(self, length: int) -> None:
+        for name, array in self.arrays.items():
+            if not name.startswith("past_query."):
+                self.arrays[name] = array[:, :length]
 
     def keep_step(self, outputs: Mapping[str, Array], position: int) -> None:
         super().keep_step(outputs, position)

@@ -7,7 +7,6 @@ Other layers need keys at the places of the text, so there each row is run by it
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from effc.compiler.generation import Generator, Prompt
 from effc.compiler.generation_memory import HIDDEN, Array, Feeds, Memory
+from effc.compiler.rows import Rows
 from effc.plugins.caches import SlotCache, slot_arrays, visible_slots
 from effc.plugins.forms.registry import parse_pattern
 
@@ -34,33 +34,12 @@ def rows_for(generator: Generator, capacity: int) -> Rows:
     return JointRows(generator, capacity) if alike and capacity > 1 else SeparateRows(generator, capacity)
 
 
-class Rows(ABC):
-    """Texts in progress, numbered from 0; the last one takes the number of one that leaves."""
-
-    def __init__(self, generator: Generator, capacity: int):
-        self.generator, self.capacity = generator, capacity
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def add(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Run a prompt ``[length]`` and make it the last row; logits of what follows it, ``[vocabulary]``."""
-
-    @abstractmethod
-    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Run the next token of every row; logits of what follows, ``[rows, vocabulary]``."""
-
-    @abstractmethod
-    def remove(self, row: int) -> None:
-        """Forget a row."""
-
-
 class SeparateRows(Rows):
     """Each row has caches of its own and is run by itself."""
 
     def __init__(self, generator: Generator, capacity: int):
-        super().__init__(generator, capacity)
+        super().__init__(capacity)
+        self.generator = generator
         self._memories: list[Memory] = []
 
     def __len__(self) -> int:
@@ -88,7 +67,8 @@ class JointRows(Rows):
     """Rows lie behind each other in the caches, so that those in use are handed to the graph without a copy."""
 
     def __init__(self, generator: Generator, capacity: int):
-        super().__init__(generator, capacity)
+        super().__init__(capacity)
+        self.generator = generator
         record = generator.record
         numbered = list(enumerate(record.layers))
         self._tokens: list[Tokens] = []

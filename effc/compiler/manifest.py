@@ -171,8 +171,8 @@ class Timing(Record):
     runs: int
 
 
-class BenchRecord(Record):
-    """Speed against the dense twin; every mapping is keyed by the sequence length as text."""
+class SpeedRecord(Record):
+    """Speed against a dense twin; every mapping is keyed by a number of tokens as text."""
 
     batch: int
     lengths: list[int]
@@ -185,7 +185,17 @@ class BenchRecord(Record):
     break_even_length: int | None = None
     dense_form: str
     kernels: dict[str, str] = Field(default_factory=dict)
+
+
+class BenchRecord(SpeedRecord):
+    """Speed of the forward pass by length, and of writing a token by the tokens before it.
+
+    ``not_written`` says why ``decode`` is missing for a model that writes.
+    """
+
     machine: dict[str, Any] = Field(default_factory=dict)
+    decode: SpeedRecord | None = None
+    not_written: str | None = None
 
 
 class CacheGroupRecord(Record):
@@ -261,7 +271,8 @@ class EngineGraphRecord(Record):
     ``error`` is the relative error of the graph in the engine's precision to the same graph in fp32 before it was
     quantized; None where that could not be run, which ``not_run`` explains. ``error_fp32`` is that of quantization
     alone, with everything else in fp32. ``step_error`` is that of decoding token by token, in fp32, to the forward
-    pass. ``clipped`` counts constants beyond the range of fp16.
+    pass. ``clipped`` counts constants beyond the range of fp16. ``pads``: texts of different lengths may share a run of
+    a decode graph, padded in front.
     """
 
     error: float | None = None
@@ -270,16 +281,21 @@ class EngineGraphRecord(Record):
     step_error: float | None = None
     kept_in_fp32: list[str] = Field(default_factory=list)
     clipped: int = 0
+    pads: bool = False
 
 
 class EnginesRecord(Record):
-    """Engines of an artifact. ``plugin`` is the library's file, or None if they need none or hold it themselves."""
+    """Engines of an artifact. ``plugin`` is the library's file, or None if they need none or hold it themselves.
+
+    ``version_compatible``: newer releases of TensorRT of the same major version run them too.
+    """
 
     flavour: str
     version: str
     precision: str
     plugin: str | None = None
     plugin_embedded: bool = False
+    version_compatible: bool = False
     graphs: dict[str, EngineGraphRecord]
     engines: list[EngineRecord]
     eos_token_ids: list[int] = Field(default_factory=list)

@@ -21,6 +21,7 @@ from effc import __version__
 from effc.compiler.artifact import check_output, record_files, staged, write_manifest
 from effc.compiler.attention_search import SEARCH_VERSION, needs_search, resolved, search
 from effc.compiler.bench import bench, choose_lengths
+from effc.compiler.bench_ratios import unmet_speed
 from effc.compiler.calibrate_forms import calibrate_forms
 from effc.compiler.calibration_data import CalibrationData
 from effc.compiler.compress import Compression, Probe, compresses, run_torch
@@ -28,8 +29,17 @@ from effc.compiler.engine_check import EnginePlan, check_engine
 from effc.compiler.engine_sources import forward_source, generation_sources
 from effc.compiler.engine_torch import build_torch_program
 from effc.compiler.engines import ENGINES_VERSION, build_engines
-from effc.compiler.exported import EXPORT_VERSION, describe_layers, export_key, export_now, exported_graph, twin_of
-from effc.compiler.generation_build import GENERATION_VERSION, add_generation, end_and_padding
+from effc.compiler.exported import (
+    EXPORT_VERSION,
+    decode_twin_of,
+    describe_layers,
+    export_key,
+    export_now,
+    exported_graph,
+    has_head_forms,
+    twin_of,
+)
+from effc.compiler.generation_build import GENERATION_VERSION, add_generation, end_and_padding, forward_graph
 from effc.compiler.inputs import graph_inputs, ragged_inputs, token_mask
 from effc.compiler.manifest import (
     AttentionLayer,
@@ -55,7 +65,7 @@ from effc.compiler.runtime import MODEL_NAME
 from effc.compiler.sentence_transformers import copy_modules
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.toolchain import toolchain
-from effc.compiler.twin import dense_twin
+from effc.compiler.twin import check_decode, dense_decode_twin, dense_twin
 from effc.compiler.verify import verify
 from effc.errors import EffcError, OutputError, PassFailedError, PreconditionError, RequirementError, UsageError
 from effc.exporters.generation_export import positions_of
@@ -234,6 +244,10 @@ def run(
     check_output(output, overwrite)
     if recipe.require.min_speedup is not None and not recipe.bench.enabled:
         raise UsageError("A minimum speed-up is required but speed is not measured.", "Leave --no-bench out.")
+    if recipe.require.min_decode_speedup is not None and not (recipe.bench.enabled and recipe.bench.decode):
+        raise UsageError(
+            "A minimum speed-up per token is required but not measured.", "Leave --no-bench and bench.decode out."
+        )
     engine = check_engine(recipe, calibration_items is not None)
     quantize = recipe.quantization.active
     quantizers = quantizing_passes if engine is None else engine_quantizing_passes
@@ -588,13 +602,27 @@ def _bench(
         with observed.using({}):
             return export_now(source)
 
+    def dense_decode() -> Path:
+        if source.weights is not None or has_head_forms(manifest.attention):
+            return dense_decode_twin(manifest, trust_remote_code=recipe.model.trust_remote_code)
+        check_decode(manifest)
+        return decode_twin_of(forward_graph(source, manifest.attention, exported)[0], key, manifest.attention)
+
     if source.weights is not None:
         # The model in memory is no longer the one to compare with.
         twin = dense_twin(manifest, trust_remote_code=recipe.model.trust_remote_code)
     else:
         twin = twin_of(exported, key, manifest.attention, dense_export)
     lengths = list(recipe.bench.lengths) or choose_lengths(manifest, None)[:_QUICK_LENGTHS]
-    return bench(staging, lengths=lengths, batch=recipe.bench.batch, rounds=recipe.bench.rounds, twin=twin)
+    return bench(
+        staging,
+        lengths=lengths,
+        batch=recipe.bench.batch,
+        rounds=recipe.bench.rounds,
+        decode=recipe.bench.decode,
+        twin=twin,
+        decode_twin=dense_decode,
+    )
 
 
 def _unmet(recipe: Recipe, manifest: Manifest, rewritten: Rewritten) -> Iterator[str]:
@@ -604,11 +632,8 @@ def _unmet(recipe: Recipe, manifest: Manifest, rewritten: Rewritten) -> Iterator
     chosen = manifest.quantization_search
     if chosen is not None and not chosen.met:
         yield f"The quality drop of {chosen.request} ({chosen.drop_name}) is {chosen.drop:.4f}, above its budget."
-    if recipe.require.min_speedup is not None and manifest.benchmark is not None:
-        longest = str(max(manifest.benchmark.lengths))
-        reached = manifest.benchmark.speedup[longest]
-        if reached < recipe.require.min_speedup:
-            yield f"The speed-up at {longest} tokens is {reached:.2f}x, below {recipe.require.min_speedup:g}x."
+    if manifest.benchmark is not None:
+        yield from unmet_speed(manifest.benchmark, recipe.require.min_speedup, recipe.require.min_decode_speedup)
     if recipe.require.max_quality_drop is not None and manifest.verification is not None:
         drop = manifest.verification.quality_drop
         if not drop <= recipe.require.max_quality_drop:

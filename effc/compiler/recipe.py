@@ -64,6 +64,7 @@ class BenchSection(Section):
     lengths: tuple[int, ...] = Field((), description="tokens per sequence; chosen from the model's maximum when empty")
     batch: int = Field(1, ge=1, description="sequences per run")
     rounds: int = Field(3, ge=1, description="A B rounds per length")
+    decode: bool = Field(True, description="also measure what a token costs, of models that write text")
 
     @field_validator("lengths")
     @classmethod
@@ -89,6 +90,9 @@ class RequirementSection(Section):
     """What the result must reach, or the exit code is 1."""
 
     min_speedup: float | None = Field(None, gt=0, description="at the longest measured length")
+    min_decode_speedup: float | None = Field(
+        None, gt=0, description="per token written, at the longest measured length"
+    )
     max_quality_drop: float | None = Field(None, ge=0, description="see the quality metric of verify")
 
 

@@ -23,6 +23,7 @@ from effc.compiler.manifest import (
     FileRecord,
     Manifest,
     PassRecord,
+    SpeedRecord,
     Timing,
     VerifyRecord,
 )
@@ -68,6 +69,7 @@ FLAGS = {
     "verify.data": "--data",
     "checkpoint.enabled": "--checkpoint",
     "require.min_speedup": "--require-speedup",
+    "require.min_decode_speedup": "--require-decode-speedup",
     "require.max_quality_drop": "--max-quality-drop",
 }
 ALWAYS_SHOWN = ("attention.pattern", "quantization.mode")
@@ -105,6 +107,7 @@ def render_report(manifest: Manifest) -> str:
         speedup_figure=plots.speedup(bench, required.get("min_speedup"))
         if bench and plots.measured_lengths(bench)
         else None,
+        decode=decode_section(bench),
         memory_figure=plots.memory(bench) if bench and plots.measured_lengths(bench) else None,
         probe_figure=plots.probe(manifest.passes),
         probe_labels=[label for label, _ in plots.probe_series(manifest.passes)],
@@ -174,14 +177,15 @@ def judge(manifest: Manifest) -> Verdict:
 def check_requirements(manifest: Manifest) -> list[Requirement]:
     """``--require-speedup`` and ``--max-quality-drop`` against the measurements; empty where none was set."""
     wanted = manifest.recipe.get("require") or {}
-    result = []
-    if (speedup := wanted.get("min_speedup")) is not None:
-        bench = manifest.benchmark
-        measured = longest(bench) if bench else None
-        got = bench.speedup[str(measured[0])] if bench and measured else None
-        where = f"speed-up at {measured[0]:,} tokens" if measured else "speed-up"
-        reached = times(got) if got is not None else "not measured"
-        result.append(Requirement(where, f"≥ {speedup:g}×", reached, None if got is None else got >= speedup))
+    bench = manifest.benchmark
+    result = [
+        _speed_requirement(what, speed, speedup)
+        for what, speed, speedup in (
+            ("speed-up", bench, wanted.get("min_speedup")),
+            ("speed-up per token", bench.decode if bench else None, wanted.get("min_decode_speedup")),
+        )
+        if speedup is not None
+    ]
     if (drop := wanted.get("max_quality_drop")) is not None:
         verification = manifest.verification
         label = f"quality drop ({verification.quality_metric})" if verification else "quality drop"
@@ -189,6 +193,14 @@ def check_requirements(manifest: Manifest) -> list[Requirement]:
         met = None if verification is None else verification.quality_drop <= drop
         result.append(Requirement(label, f"≤ {drop:g}", reached, met))
     return result
+
+
+def _speed_requirement(what: str, speed: SpeedRecord | None, wanted: float) -> Requirement:
+    measured = longest(speed) if speed else None
+    got = speed.speedup[str(measured[0])] if speed and measured else None
+    where = f"{what} at {measured[0]:,} tokens" if measured else what
+    reached = times(got) if got is not None else "not measured"
+    return Requirement(where, f"≥ {wanted:g}×", reached, None if got is None else got >= wanted)
 
 
 def explain(manifest: Manifest) -> list[str]:
@@ -263,10 +275,23 @@ def break_even_sentence(bench: BenchRecord) -> str:
     return f"It is slower at {', '.join(f'{length:,}' for length in slower)} tokens."
 
 
-def longest(bench: BenchRecord) -> tuple[int, Timing, Timing] | None:
+def longest(bench: SpeedRecord) -> tuple[int, Timing, Timing] | None:
     """``(length, dense, compiled)`` at the longest length at which both were measured."""
     pairs = plots.timing_pairs(bench)
     return pairs[-1] if pairs else None
+
+
+def decode_section(bench: BenchRecord | None) -> dict[str, Any] | None:
+    """What the report says of writing token by token; None of a model that does not write."""
+    if bench is None or (bench.decode is None and bench.not_written is None):
+        return None
+    speed = bench.decode
+    return {
+        "reason": bench.not_written,
+        "speed": speed,
+        "timings": plots.timing_pairs(speed) if speed else [],
+        "figure": plots.latency(speed, "decode", "tokens in the text", "CPU time per token, ms") if speed else None,
+    }
 
 
 def weakest_output(verification: VerifyRecord) -> str | None:

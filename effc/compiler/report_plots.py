@@ -25,7 +25,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from effc.compiler.manifest import AttentionSearch, BenchRecord, OutputDeviation, PassRecord, QuantizationSearch, Timing
+from effc.compiler.manifest import (
+    AttentionSearch,
+    BenchRecord,
+    OutputDeviation,
+    PassRecord,
+    QuantizationSearch,
+    SpeedRecord,
+    Timing,
+)
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.heads import HeadForms
 from effc.plugins.pattern import Pattern
@@ -74,12 +82,19 @@ NUMBERED_COLUMNS = 10  # more do not leave room for figures in the cells
 FAINTEST = 1e-3  # of the largest value, drawn without colour
 
 
-def latency(bench: BenchRecord) -> Markup | None:
-    """CPU milliseconds per run over the length, both axes logarithmic; None with fewer than two measured lengths."""
+def latency(
+    bench: SpeedRecord, salt: str = "latency", along: str = "tokens per sequence", up: str = "CPU time per run, ms"
+) -> Markup | None:
+    """CPU milliseconds per run over the length, both axes logarithmic; None with fewer than two measured lengths.
+
+    Args:
+        salt: tells the figures of one page apart.
+        along, up: what the axes say.
+    """
     lengths = measured_lengths(bench)
     if len(lengths) < 2:
         return None
-    figure, axes = canvas("latency")
+    figure, axes = canvas(salt)
     for timings, colour, marker in ((bench.dense, DENSE, "s"), (bench.compiled, COMPILED, "o")):
         points = [timings[str(length)] for length in lengths]
         axes.plot(lengths, [p.cpu_ms_min for p in points], marker, color=colour, alpha=0.4, markersize=4, linestyle="")
@@ -89,12 +104,12 @@ def latency(bench: BenchRecord) -> Markup | None:
     axes.margins(x=0.06, y=0.14)
     _length_ticks(axes, lengths)
     _plain_log_ticks(axes)
-    axes.set_xlabel("tokens per sequence")
-    axes.set_ylabel("CPU time per run, ms")
+    axes.set_xlabel(along)
+    axes.set_ylabel(up)
     axes.grid(True, axis="y")
     if bench.break_even_length is not None and lengths[0] <= bench.break_even_length <= lengths[-1]:
         _mark_break_even(axes, bench.break_even_length, lengths)
-    return as_svg(figure, "CPU time per run over sequence length, dense against compiled")
+    return as_svg(figure, f"{up} over {along}, dense against compiled")
 
 
 def speedup(bench: BenchRecord, required: float | None) -> Markup:
@@ -290,13 +305,13 @@ def _cell_shares(form: AttentionForm, causal: bool, step: int, cells: int) -> ND
     return share
 
 
-def measured_lengths(bench: BenchRecord) -> list[int]:
+def measured_lengths(bench: SpeedRecord) -> list[int]:
     """The lengths, ascending, at which both models were timed and compared."""
     complete = bench.dense.keys() & bench.compiled.keys() & bench.speedup.keys()
     return [length for length in sorted(bench.lengths) if str(length) in complete]
 
 
-def timing_pairs(bench: BenchRecord) -> list[tuple[int, Timing, Timing]]:
+def timing_pairs(bench: SpeedRecord) -> list[tuple[int, Timing, Timing]]:
     """``(length, dense, compiled)`` of every measured length, ascending."""
     return [(length, bench.dense[str(length)], bench.compiled[str(length)]) for length in measured_lengths(bench)]
 

@@ -29,6 +29,7 @@ from effc.compiler.generation import (
     Prompt,
     Streamer,
     align_left_padded,
+    example_step,
     generation_record,
     split_options,
     tell,
@@ -264,7 +265,7 @@ class CompiledModel:
                 events = profile_kernels(self.path / MODEL_NAME, self._options, feeds, self._providers).events
                 self._kernels = attention_kernels(events, self.manifest.attention) | linear_kernels(events)
                 if (generation := self.manifest.generation) is not None:
-                    step = self.generator().example_step()
+                    step = example_step(generation)
                     profile = profile_kernels(self.path / generation.file, self._options, step, self._providers)
                     self._kernels |= step_kernels(profile.events, generation.layers)
             return dict(self._kernels)

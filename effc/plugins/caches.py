@@ -35,6 +35,11 @@ CACHED_ATTENTION = "CachedAttention"
 CACHE_TYPES = ("fp32", "fp16", "int8")
 """What keys and values in slots are kept in. ``int8`` has a scale for each position and head."""
 
+LAST_KEYS = "seqlens_k"
+"""Input of ONNX Runtime's own attention, ``[batch]`` int32: keys of each text, the new token included, less one."""
+ALL_KEYS = "total_sequence_length"
+"""Its other one, int32: keys of the longest text, the new token included."""
+
 
 def slot_arrays(head_dim: int, kept_in: str) -> dict[str, tuple[int, np.dtype[Any]]]:
     """Width and type of what is kept of one position and key/value head, by the names of a graph's inputs.
