@@ -25,7 +25,7 @@ from effc.serving.backend.tokens import TextEncoder, TokenizerSettings
 from effc.serving.backend.version import texts
 from effc.serving.backend_files import SERVER_PACKAGES, model_files, modules_of
 
-KINDS = ("forward", "tokens", "heads", "route", "writer")
+KINDS = ("forward", "tokens", "heads", "route", "writer", "engine_writer")
 
 
 def forward(directory: Path, *, mask: bool = True, max_batch: int = 8, pads: bool = True) -> Forward:
@@ -232,7 +232,9 @@ import importlib.abc, sys
 allowed = set(sys.stdlib_module_names) | {set(SERVER_PACKAGES)!r} | {set(modules)!r} | {{"effc"}}
 class Guard(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        absent = ("torch", "transformers", "pydantic", "onnx")
+        # Engines bring torch with them, which is imported when they are opened.
+        absent = ["torch", "transformers", "pydantic", "onnx"]
+        absent += ["onnxruntime"] if "{kind}" == "engine_writer" else []
         if name.startswith("effc.") and name not in allowed or name.partition(".")[0] in absent:
             raise ImportError(name)
 sys.meta_path.insert(0, Guard())

@@ -19,6 +19,11 @@ def what_is_missing(engines: BuiltEngines, gpu: int = 0) -> str | None:
     Args:
         gpu: number of the GPU that is to run them.
     """
+    if engines.tensor_parallel > 1:
+        return (
+            f"{engines.tensor_parallel} GPUs compute these engines together, which takes a server that starts all of "
+            "them at once: effc triton writes what Triton needs for it."
+        )
     flavour = FLAVOURS[engines.flavour]
     built = ", ".join(dict.fromkeys(engine.arch for engine in engines.engines))
     capability = device_capability(gpu)

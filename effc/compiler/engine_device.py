@@ -1,7 +1,7 @@
 """What running an engine needs of a GPU, as an interface, and torch with TensorRT behind it.
 
 The interface keeps :mod:`effc.compiler.engine_runner`, which decides everything, testable on machines without a GPU.
-:class:`TorchDevice` only translates; it could be written and not be run.
+:class:`TorchDevice` only translates; it was run with stand-ins for torch and TensorRT only.
 """
 
 from __future__ import annotations

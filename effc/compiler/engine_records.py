@@ -37,6 +37,8 @@ class BuiltEngines(Protocol):
     @property
     def plugin_embedded(self) -> bool: ...
     @property
+    def tensor_parallel(self) -> int: ...
+    @property
     def engines(self) -> Sequence[BuiltEngine]: ...
 
 
@@ -65,6 +67,7 @@ class Engines:
     plugin_embedded: bool
     engines: Sequence[Engine]
     pads: bool
+    tensor_parallel: int = 1
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Engines:

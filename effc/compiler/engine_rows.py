@@ -21,11 +21,13 @@ from effc.compiler.engine_runner import EngineRunner
 from effc.compiler.rows import Rows
 
 _MASK, _PAST, _PRESENT = "attention_mask", "past_", "present_"
+# Of linear attention; nothing in them is a position.
+_STATES = ("past_state.", "past_normaliser.")
 
 
 @dataclass
 class _Caches:
-    """What a run handed out, by the names of the decode engine's inputs, ``[rows, positions, width]``.
+    """What a run handed out, by the names of the decode engine's inputs, ``[rows, positions, width]`` or a state.
 
     Attributes:
         count: rows.
@@ -136,15 +138,24 @@ class EngineRows(Rows):
         # Its row has no padding beyond its own length, where the others of its last run have not left.
         longest = max(texts, key=lambda text: text.length)
         return {
-            name: self._lay_out(name, texts, min(longest.caches.tensors[name].shape[1], longest.length))
-            for name in first.tensors
+            name: self._lay_out(
+                name,
+                texts,
+                tensor.shape[1]
+                if name.startswith(_STATES)
+                else min(longest.caches.tensors[name].shape[1], longest.length),
+            )
+            for name, tensor in first.tensors.items()
         }
 
     def _lay_out(self, name: str, texts: list[_Text], length: int) -> Any:
-        """The last ``length`` positions of each text, what it has not being zeros; ``[texts, length, width]``."""
+        """The last ``length`` positions of each text, what it has not being zeros; ``[texts, length, width]``.
+
+        A state has heads in the place of positions, and is taken whole.
+        """
         device = self._runner.device
-        width = texts[0].caches.tensors[name].shape[2]
-        made = device.zeros((len(texts), length, width), self._dtypes[name])
+        sizes = texts[0].caches.tensors[name].shape[2:]
+        made = device.zeros((len(texts), length, *sizes), self._dtypes[name])
         for begin, end in _blocks(texts):
             source, place = texts[begin].caches.tensors[name], texts[begin].place
             kept = min(length, source.shape[1])

@@ -2,7 +2,7 @@
 
 No machine of the project has a GPU. What decides (which engine, which profile, whose memory, which stream, how text is
 written) lies in modules that are tested without one; :mod:`effc.compiler.engine_device`, which talks to torch and
-TensorRT, was never run.
+TensorRT, was run with stand-ins for both only.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from effc.errors import EffcError, MissingDependencyError, UsageError
 TEXT = "bytes"
 """The ``dtype`` of a :class:`Tensor` that holds text."""
 
-Kind = Literal["auto", "cpu", "gpu"]
+Kind = Literal["auto", "cpu", "gpu", "model"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Instances:
     """How many copies of a model run, and where.
 
     Attributes:
-        kind: ``auto`` leaves it to the model; no configuration says so.
+        kind: ``auto`` leaves it to the model; no configuration says so. ``model``: the backend knows where.
         count: copies, on each GPU if ``kind`` is gpu.
         gpus: numbers of the GPUs; all of them if empty.
     """
@@ -181,7 +181,8 @@ def parse_config(text: str) -> Any:
 def _fill(schema: Any, message: Any, config: ModelConfig) -> None:
     message.backend = config.backend
     group = message.instance_group.add(count=config.instances.count)
-    group.kind = group.KIND_GPU if config.instances.kind == "gpu" else group.KIND_CPU
+    kinds = {"gpu": group.KIND_GPU, "model": group.KIND_MODEL}
+    group.kind = kinds.get(config.instances.kind, group.KIND_CPU)
     group.gpus.extend(config.instances.gpus)
     group.profile.extend(str(number) for number in config.profiles)
     if config.batch_delay_us is not None:

@@ -15,6 +15,9 @@ _BACKEND = "effc.serving.backend"
 LIBRARY = "lib"
 """Folder of a model version that holds the copied modules."""
 
+PACKAGES_VARIABLE = "EFFC_PACKAGES"
+"""Names a folder in which the server's models find packages that pip installed there (``--target``)."""
+
 SERVER_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils")
 """What may be imported inside a server beside the standard library."""
 
@@ -30,11 +33,14 @@ def model_files(kind: str) -> dict[str, bytes]:
         f"{LIBRARY}/{path.relative_to(_PACKAGE.parent).as_posix()}": path.read_bytes()
         for path in modules_of(entry).values()
     }
-    main = f"""import sys
+    main = f"""import os
+import sys
 from pathlib import Path
 
 # What is read from a repository is hashed; nothing is to be written into it.
 sys.dont_write_bytecode = True
+# Triton's Python looks neither at PYTHONPATH nor into a user's own packages.
+sys.path[:0] = [path for path in (os.environ.get("{PACKAGES_VARIABLE}"),) if path]
 sys.path.insert(0, str(Path(__file__).resolve().parent / "{LIBRARY}"))
 
 from {entry} import TritonPythonModel  # noqa: E402

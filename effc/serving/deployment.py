@@ -9,6 +9,7 @@ import onnx
 from effc.errors import UsageError
 from effc.serving.options import ServingOptions
 from effc.serving.plan import Opened, Plan, PlannedModel, open_artifact, plan_forward, plan_name
+from effc.serving.plan_engine_writer import plan_engine_writer
 from effc.serving.plan_engines import fit_engines, plan_engines
 from effc.serving.plan_generation import plan_generation
 from effc.serving.plan_router import plan_router
@@ -19,11 +20,11 @@ from effc.serving.plan_text import plan_ensemble, plan_head, plan_tokenizer, tak
 def plan_artifact(artifact: Path, options: ServingOptions) -> Plan:
     """The models that serve an artifact.
 
-    A causal model that was compiled with its generating graph becomes one model that writes text. Of others, ``NAME``
-    takes text and is an ensemble of ``NAME_tokenizer``, ``NAME_model`` and ``NAME_output``; ``NAME_model`` can be
-    asked with tensors as well. An artifact with engines has them run by Triton's tensorrt backend. With variants,
-    ``NAME_model`` is the router and ``NAME_model_<variant>`` run; with stages, it is an ensemble of
-    ``NAME_model_stage_<number>``. A model that does not take text is ``NAME`` alone.
+    A causal model that was compiled with its generating graph, or with engines that write text, becomes one model that
+    writes text. Of others, ``NAME`` takes text and is an ensemble of ``NAME_tokenizer``, ``NAME_model`` and
+    ``NAME_output``; ``NAME_model`` can be asked with tensors as well. Engines of their forward pass are run by Triton's
+    tensorrt backend. With variants, ``NAME_model`` is the router and ``NAME_model_<variant>`` run; with stages, it is
+    an ensemble of ``NAME_model_stage_<number>``. A model that does not take text is ``NAME`` alone.
 
     Raises:
         OutputError: if this is no artifact, or it was changed.
@@ -35,6 +36,8 @@ def plan_artifact(artifact: Path, options: ServingOptions) -> Plan:
     options = options.placed(engines=opened.manifest.engines is not None)
     if opened.manifest.generation is not None:
         return Plan(name, task, (plan_generation(name, opened, options),), _notes(opened, options))
+    if options.backend == "tensorrt" and opened.manifest.engines is not None and opened.manifest.engines.writes:
+        return plan_engine_writer(name, opened, options)
     text = takes_text(opened)
     if not text:
         _refuse_text_options(options)

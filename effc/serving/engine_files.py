@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from effc.compiler.engine_choice import runs_in
 from effc.compiler.manifest import TensorRecord
 from effc.compiler.runtime import check_files, read_manifest
 from effc.errors import UsageError
 from effc.exporters.triton_config import ModelConfig, Tensor, WarmUp
 from effc.passes.engine_settings import parse_shape
+from effc.serving.engine_shares import shares
 from effc.serving.options import ServingOptions
 from effc.serving.plan import PlannedModel
 
@@ -56,6 +58,7 @@ class EngineSet:
         cuda_graphs: ``(batch, {input: shape without the batch})`` to capture CUDA graphs for.
         newer: newer releases of the same major version run them too.
         host_code: see :func:`effc.serving.launch.tensorrt_flags`.
+        ranks: engines of GPUs that compute together, in their order; ``files`` holds the first.
     """
 
     files: Mapping[str, Path]
@@ -67,6 +70,7 @@ class EngineSet:
     cuda_graphs: Graphs = ()
     newer: bool = False
     host_code: bool = False
+    ranks: Sequence[Path] = ()
 
     @property
     def widest(self) -> Profile:
@@ -105,9 +109,12 @@ def engine_set(artifact: str | Path, graph: str = "forward") -> EngineSet:
         )
     check_files(path, manifest, [name for name in manifest.files if name.startswith("engines/")])
     first = engines[0]
+    ranks = [engine for engine in engines if engine.rank is not None]
+    if len({engine.arch for engine in ranks}) > 1:
+        raise UsageError(f"'{path}' holds the shares of more than one kind of GPU.", "Compile with one --arch.")
     portable = bool(manifest.recipe.get("engine", {}).get("version_compatible", False))
     return EngineSet(
-        files={f"{engine.arch[3:-1]}.{engine.arch[-1]}": path / engine.file for engine in engines},
+        files={f"{engine.arch[3:-1]}.{engine.arch[-1]}": path / engine.file for engine in engines if not engine.rank},
         inputs=[_tensor(tensor) for tensor in first.inputs],
         outputs=[_tensor(tensor) for tensor in first.outputs],
         profiles=[Profile({name: most for name, (_, _, most) in profile.items()}) for profile in first.profiles],
@@ -115,6 +122,7 @@ def engine_set(artifact: str | Path, graph: str = "forward") -> EngineSet:
         plugins=[path / record.plugin] if record.plugin else [],
         newer=portable,
         host_code=portable or record.plugin_embedded,
+        ranks=[path / engine.file for engine in ranks],
     )
 
 
@@ -151,20 +159,26 @@ def engine_model(
         UsageError: if versions, shapes or names do not fit each other.
     """
     _check(engines, options)
-    files = {f"sm{capability.replace('.', '')}.plan": path for capability, path in engines.files.items()}
+    named = {capability: f"sm{capability.replace('.', '')}.plan" for capability in engines.files}
+    files = {named[capability]: path for capability, path in engines.files.items()}
+    instances, parameters = options.instances, dict[str, str]()
+    if engines.ranks:
+        together = shares(engines.ranks, instances)
+        named, files, instances, parameters = {}, together.files, together.instances, together.parameters
     config = ModelConfig(
         name=name,
         backend="tensorrt",
         inputs=engines.inputs,
         outputs=engines.outputs,
         max_batch=options.max_batch,
-        instances=options.instances,
+        instances=instances,
         batch_delay_us=options.batch_delay_us if options.max_batch > 1 else None,
         response_cache=options.response_cache,
         warm_up=warm_up,
         profiles=range(len(engines.profiles)),
-        engines={capability: f"sm{capability.replace('.', '')}.plan" for capability in engines.files},
+        engines=named,
         cuda_graphs=engines.cuda_graphs,
+        parameters=parameters,
     )
     return PlannedModel(config, {**files, **{path.name: path for path in engines.plugins}})
 
@@ -185,7 +199,7 @@ def _check(engines: EngineSet, options: ServingOptions) -> None:
     for path in engines.plugins:
         if not path.is_file() or not re.fullmatch(r"[\w.+-]+", path.name):
             raise UsageError(f"'{path}' is no plugin library that can be named to Triton.", "Correct the path.")
-    if options.server_tensorrt is not None and not _runs(engines, options.server_tensorrt):
+    if options.server_tensorrt is not None and not runs_in(engines.tensorrt, options.server_tensorrt, engines.newer):
         newer = " or a newer one of that major version" if engines.newer else ""
         raise UsageError(
             f"The engines were built with TensorRT {engines.tensorrt}, and the server has {options.server_tensorrt}.",
@@ -201,6 +215,8 @@ def _check(engines: EngineSet, options: ServingOptions) -> None:
             f"The engines take {batch} rows of the longest inputs, and the server would hand over {options.max_batch}.",
             f"Give max_batch={batch}, or build the engine for more.",
         )
+    if engines.ranks and engines.cuda_graphs:
+        raise UsageError("Triton captures no CUDA graphs of GPUs that compute together.", "Leave --cuda-graphs out.")
     for rows, shapes in engines.cuda_graphs:
         fits = any(profile.takes(rows, shapes) for profile in engines.profiles)
         if not fits or not set(shapes) <= set(names):
@@ -210,12 +226,3 @@ def _check(engines: EngineSet, options: ServingOptions) -> None:
                 f"A CUDA graph of {rows} rows is never used where {options.max_batch} are handed over at most.",
                 "Correct --cuda-graphs or --max-batch.",
             )
-
-
-def _runs(engines: EngineSet, server: str) -> bool:
-    """Whether a server runs the engines; the build number counts where both versions say it."""
-    built, there = ([int(part) for part in re.findall(r"\d+", text)] for text in (engines.tensorrt, server))
-    count = min(len(built), len(there))
-    if engines.newer:
-        return built[:1] == there[:1] and there[:count] >= built[:count]
-    return built[:count] == there[:count]

@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from effc.errors import UsageError
-from effc.serving.launch import CONTAINER, LAUNCH_NAME, PACKAGES
+from effc.serving.backend_files import PACKAGES_VARIABLE
+from effc.serving.launch import CONTAINER, LAUNCH_NAME
+from effc.serving.requirements import REQUIREMENTS_NAME
 from effc.suggest import did_you_mean
 
 MODELS = "/models"
@@ -86,7 +88,8 @@ class KubernetesValues(_Values):
     replicas: int = Field(1, ge=1)
     image: str = Field(CONTAINER, description="with tritonserver in PATH")
     packages: str = Field(
-        PACKAGES, description="that pip installs before the server starts; empty for an image with them"
+        f"-r {MODELS}/{REQUIREMENTS_NAME}",
+        description="that pip installs before the server starts, as the repository says; empty for an image with them",
     )
     service_account: str = Field("", description="one that may read the storage, in place of a secret")
     resources: ResourceValues = ResourceValues()
@@ -211,7 +214,7 @@ def _copier(values: KubernetesValues) -> dict[str, Any]:
 def _server(values: KubernetesValues) -> dict[str, Any]:
     start = f"exec sh {MODELS}/{LAUNCH_NAME}"
     if values.packages:
-        start = f"pip install --user --quiet {values.packages}; {start}"
+        start = f'pip install --target "${PACKAGES_VARIABLE}" --quiet {values.packages}; {start}'
     limits = {"cpu": values.resources.cpu, "memory": values.resources.memory}
     if values.resources.gpus:
         limits["nvidia.com/gpu"] = str(values.resources.gpus)
@@ -220,7 +223,11 @@ def _server(values: KubernetesValues) -> dict[str, Any]:
         "name": "triton",
         "image": values.image,
         "command": ["sh", "-c", f"set -eu; {start}"],
-        "env": [{"name": "ADDRESS", "value": "0.0.0.0"}, {"name": "HOME", "value": "/home/effc"}],
+        "env": [
+            {"name": "ADDRESS", "value": "0.0.0.0"},
+            {"name": "HOME", "value": "/home/effc"},
+            {"name": PACKAGES_VARIABLE, "value": "/home/effc/packages"},
+        ],
         "ports": [{"name": name, "containerPort": port} for name, port in PORTS.items()],
         "resources": {"requests": dict(limits), "limits": limits},
         "startupProbe": {

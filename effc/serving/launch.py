@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from effc.serving.requirements import REQUIREMENTS_NAME
+
 LAUNCH_NAME = "launch.sh"
 CONTAINER = "nvcr.io/nvidia/tritonserver:25.06-py3"
 CACHE_BYTES = 256 << 20
 EXIT_SECONDS = 20
-
-PACKAGES = "numpy onnxruntime tokenizers"
-"""What effc's models import, to be installed in a container. Where it has a GPU: onnxruntime-gpu."""
 
 
 def server_flags(*, cache: bool) -> list[str]:
@@ -34,7 +33,7 @@ def tensorrt_flags(plugins: Sequence[str], host_code: bool) -> list[str]:
     return [*flags, *(["--backend-config=tensorrt,version-compatible=true"] if host_code else [])]
 
 
-def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool = False) -> str:
+def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool = False, gpus: bool = False) -> str:
     """A shell script that starts ``tritonserver`` from PATH on the directory that it lies in.
 
     It listens on this machine only; ADDRESS=0.0.0.0 opens it to others.
@@ -42,6 +41,7 @@ def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool =
     Args:
         plugins: TensorRT plugin libraries, by their paths in the repository.
         host_code: see :func:`tensorrt_flags`.
+        gpus: a model runs on one.
     """
     libraries = [f"$repository/{library}" for library in plugins]
     flags = [*server_flags(cache=cache), *(f'"{flag}"' for flag in tensorrt_flags(libraries, host_code))]
@@ -50,8 +50,8 @@ def launch_script(*, cache: bool, plugins: Sequence[str] = (), host_code: bool =
     registers = "\nexport EFFC_REGISTER_PLUGINS=1" if plugins else ""
     return f"""#!/bin/sh
 # Starts Triton on this repository; further flags of tritonserver may be given. In a container:
-#   docker run --rm --network host -v "$PWD":/models {CONTAINER} \\
-#     sh -c 'pip install {PACKAGES} && /models/{LAUNCH_NAME}'
+#   docker run --rm --network host{" --gpus all" if gpus else ""} -v "$PWD":/models {CONTAINER} \\
+#     sh -c 'pip install -r /models/{REQUIREMENTS_NAME} && /models/{LAUNCH_NAME}'
 set -eu
 repository=$(cd "$(dirname "$0")" && pwd)
 address=${{ADDRESS:-127.0.0.1}}

@@ -19,6 +19,7 @@ from effc.serving.backend.forward import ForwardSettings
 from effc.serving.backend.version import SETTINGS_NAME
 from effc.serving.external_data import check_external_data
 from effc.serving.options import ServingOptions, check_name
+from effc.serving.requirements import PACKAGES
 
 LIBRARY_NAME = "libeffc_cpu.so"
 _WARM_UP_LENGTHS = (8, 128)
@@ -66,6 +67,7 @@ class Plan:
         notes: what the user should know, as full sentences.
         plugins: TensorRT plugin libraries among the files of the models, ``(model, file)``.
         host_code: see :func:`effc.serving.launch.tensorrt_flags`.
+        packages: what the models import inside the server, as pip names it.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     plugins: tuple[tuple[str, str], ...] = ()
     host_code: bool = False
+    packages: tuple[str, ...] = PACKAGES
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from effc.errors import UsageError
 from effc.serving.backend.version import sha256
 from effc.serving.engine_files import EngineSet, engine_model, engine_set, graphs_of
+from effc.serving.engine_shares import LEAST_TRITON
 from effc.serving.options import ServingOptions
 from effc.serving.plan import Opened, PlannedModel, open_artifact, warm_ups
 from effc.serving.plan_text import text_length
@@ -45,12 +46,6 @@ def fit_engines(opened: Opened, options: ServingOptions, text: bool) -> FittedEn
         raise UsageError(
             f"'{opened.path}' holds no engines.", "Compile with --target=tensorrt, or leave --backend out."
         )
-    if record.flavour == "tensorrt" and record.writes:
-        raise UsageError(
-            "These engines write text token by token, which Triton's tensorrt backend does not do.",
-            "Compile with --target=onnxruntime to serve a model that writes text, or with --no-generation for an "
-            "engine of its forward pass.",
-        )
     engines, notes = _gather(opened, options.engines)
     engines = replace(engines, cuda_graphs=graphs_of(options.cuda_graphs, engines))
     widest = engines.widest
@@ -67,6 +62,11 @@ def fit_engines(opened: Opened, options: ServingOptions, text: bool) -> FittedEn
         notes.append(
             f"The engines run in a server with TensorRT {engines.tensorrt}{newer} only; --server-tensorrt VERSION "
             "checks that."
+        )
+    if engines.ranks:
+        notes.append(
+            f"{len(engines.ranks)} GPUs compute together, which Triton's tensorrt backend can since {LEAST_TRITON}, "
+            "built with TRITON_ENABLE_TENSORRT_MULTI_DEVICE; in an older one the model does not load."
         )
     if engines.plugins and not engines.tensorrt.startswith("10."):
         notes.append(
@@ -101,6 +101,11 @@ def _gather(main: Opened, others: Sequence[Path]) -> tuple[EngineSet, list[str]]
     opened = [main, *(open_artifact(path) for path in others)]
     sets = [engine_set(one.path) for one in opened]
     first, files, notes = sets[0], dict(sets[0].files), []
+    if len(sets) > 1 and any(found.ranks for found in sets):
+        raise UsageError(
+            "Engines of GPUs that compute together are served by themselves.",
+            "Leave --engines out, or serve them apart.",
+        )
     for one, found in zip(opened[1:], sets[1:], strict=True):
         _check_alike(main, one, first, found)
         twice = files.keys() & found.files.keys()
@@ -110,7 +115,7 @@ def _gather(main: Opened, others: Sequence[Path]) -> tuple[EngineSet, list[str]]
                 "Give one for each GPU.",
             )
         files |= found.files
-    if _differ(opened):
+    if differ(opened):
         notes.append("The artifacts were not compiled alike, so answers differ with the GPU.")
     plugins = _one_library(sets)
     if plugins is not None and len({sha256(path) for found in sets for path in found.plugins}) > 1:
@@ -131,7 +136,7 @@ def _one_library(sets: Sequence[EngineSet]) -> Sequence[Path] | None:
     return oldest.plugins
 
 
-def _differ(opened: Sequence[Opened]) -> bool:
+def differ(opened: Sequence[Opened]) -> bool:
     """Whether attention, weights or precision differ, and not only what belongs to the GPU."""
     parts = []
     for one in opened:

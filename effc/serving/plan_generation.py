@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from effc.errors import UsageError
 from effc.exporters.triton_config import TEXT, ModelConfig, Tensor
 from effc.plugins import native
@@ -21,6 +23,29 @@ def plan_generation(name: str, opened: Opened, options: ServingOptions) -> Plann
     assert record is not None
     if options.backend != "python":
         raise UsageError("Text is written by effc's own model, in the python backend.", "Leave --backend out.")
+    refuse_for_text(options)
+    names = {record.file, *check_external_data(opened.path / record.file)}
+    files: dict[str, File] = {file: opened.path / file for file in names}
+    files["tokenizer.json"] = require_tokenizer(opened)
+    library = native.library_path()
+    if library is not None:
+        files[LIBRARY_NAME] = library
+    files |= python_files(
+        "writer",
+        generation=record.model_dump(mode="json"),
+        library=LIBRARY_NAME if library is not None else None,
+        threads=options.threads,
+        **text_settings(opened, options),
+    )
+    return PlannedModel(text_config(name, options), files)
+
+
+def refuse_for_text(options: ServingOptions) -> None:
+    """Refuse what means nothing for a model that writes text, whatever runs it.
+
+    Raises:
+        UsageError: naming the flag.
+    """
     refused = {
         "--pooling": options.pooling,
         "--normalize": options.normalize,
@@ -28,28 +53,27 @@ def plan_generation(name: str, opened: Opened, options: ServingOptions) -> Plann
         "--response-cache": options.response_cache or None,
         "--max-length": options.max_length,
         "--stages": options.stages,
+        "--cuda-graphs": options.cuda_graphs or None,
     }
     for flag, value in refused.items():
         if value is not None:
             raise UsageError(f"{flag} means nothing for a model that writes text.", "Leave it out.")
-    names = {record.file, *check_external_data(opened.path / record.file)}
-    files: dict[str, File] = {file: opened.path / file for file in names}
-    files["tokenizer.json"] = require_tokenizer(opened)
-    library = native.library_path()
-    if library is not None:
-        files[LIBRARY_NAME] = library
+
+
+def text_settings(opened: Opened, options: ServingOptions) -> dict[str, Any]:
+    """What a model that writes text has to know, whatever runs it."""
     vocabulary = next((tensor.maximum for tensor in opened.manifest.inputs if tensor.name == "input_ids"), None)
-    files |= python_files(
-        "writer",
-        generation=record.model_dump(mode="json"),
-        library=LIBRARY_NAME if library is not None else None,
-        threads=options.threads,
-        max_batch=options.max_batch,
-        max_length=opened.manifest.source.max_length,
-        max_bytes=MAX_TEXT_BYTES,
-        vocabulary=None if vocabulary is None else vocabulary + 1,
-    )
-    config = ModelConfig(
+    return {
+        "max_batch": options.max_batch,
+        "max_length": opened.manifest.source.max_length,
+        "max_bytes": MAX_TEXT_BYTES,
+        "vocabulary": None if vocabulary is None else vocabulary + 1,
+    }
+
+
+def text_config(name: str, options: ServingOptions) -> ModelConfig:
+    """Its configuration, with the tensors of vLLM's Triton backend."""
+    return ModelConfig(
         name=name,
         backend="python",
         inputs=[
@@ -66,4 +90,3 @@ def plan_generation(name: str, opened: Opened, options: ServingOptions) -> Plann
         instances=options.instances,
         decoupled=True,
     )
-    return PlannedModel(config, files)

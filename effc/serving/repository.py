@@ -25,6 +25,13 @@ from effc.serving.deployment import plan_artifact
 from effc.serving.launch import LAUNCH_NAME, launch_script, tensorrt_flags
 from effc.serving.options import ServingOptions, check_name
 from effc.serving.plan import Plan
+from effc.serving.requirements import (
+    REQUIREMENTS_NAME,
+    backends_on_gpus,
+    check_packages,
+    remembered,
+    requirements_text,
+)
 
 RECORD_NAME = "effc-repository.json"
 CONFIG_NAME = "config.pbtxt"
@@ -78,6 +85,7 @@ def write_plan(plan: Plan, repository: str | Path, options: ServingOptions) -> D
             known = record["deployments"].get(plan.name)
             version = 1 + max(known["versions"], default=0) if known else 1
             _check_free(repository, plan, record, bool(known))
+            check_packages(plan, record.get("packages", {}))
             _add(repository, plan, version, options)
             _remember(record, repository, plan, version, options)
     except OSError as error:
@@ -261,11 +269,20 @@ def _remember(
     record["cache"] = record.get("cache", False) or options.response_cache
     record.setdefault("plugins", {})[plan.name] = [f"{model}/{version}/{library}" for model, library in plan.plugins]
     record.setdefault("host_code", {})[plan.name] = plan.host_code
+    record.setdefault("gpus", {})[plan.name] = bool(backends_on_gpus(plan))
+    record.setdefault("packages", {})[plan.name] = remembered(plan, record)
     for model in plan.models:
         record["configs"][model.config.name] = sha256(repository / model.config.name / CONFIG_NAME)
     script = repository / LAUNCH_NAME
-    _replace(script, launch_script(cache=record["cache"], plugins=_plugins(record), host_code=_host_code(record)))
+    text = launch_script(
+        cache=record["cache"],
+        plugins=_plugins(record),
+        host_code=_host_code(record),
+        gpus=any(record["gpus"].values()),
+    )
+    _replace(script, text)
     script.chmod(0o755)
+    _replace(repository / REQUIREMENTS_NAME, requirements_text(record["packages"]))
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from effc.compiler.runtime import read_manifest
 from effc.errors import UsageError
+from effc.exporters.tensorrt_flavours import FLAVOURS
 from effc.serving.launch import LAUNCH_NAME
 from effc.serving.options import ServingOptions
 from effc.serving.packaged import ServerProgram
 from effc.serving.repository import check_repository, deployment, engine_flags, wants_cache, write_repository
+from effc.serving.requirements import REQUIREMENTS_NAME
 from effc.serving.server import Ports, Server, find_server
 
 _LANGUAGE_MODEL = "causal-lm"
@@ -114,10 +116,14 @@ def _check_can_run(program: ServerProgram, artifact: str | Path, options: Servin
     engines = read_manifest(artifact).engines
     placed = (options or ServingOptions()).placed(engines=engines is not None)
     if placed.backend == "tensorrt" and engines is not None and program.kind == "packaged":
+        where = f"in NVIDIA's container with {FLAVOURS[engines.flavour].name} {engines.version}"
+        here = "--backend python serves the ONNX graph here."
+        if engines.writes:
+            where = f"in NVIDIA's container, with the packages of its {REQUIREMENTS_NAME}"
+            here = "an artifact of --target=onnxruntime writes text here."
         raise UsageError(
             "This artifact holds TensorRT engines, and the packaged server runs on CPU.",
-            f"Write a repository with effc triton and start its {LAUNCH_NAME} in NVIDIA's container with TensorRT "
-            f"{engines.version}; --backend python serves the ONNX graph here.",
+            f"Write a repository with effc triton and start its {LAUNCH_NAME} {where}; {here}",
         )
 
 

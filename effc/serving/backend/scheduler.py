@@ -1,14 +1,14 @@
 """Write several texts at once: requests join between two tokens and leave when they are done.
 
-One thread owns the graph. Between two steps it takes in one waiting prompt at most, so that texts in progress do not
-stand still for long; a prompt itself runs whole, since the graph takes it in one run.
+One thread owns the model. Between two steps it takes in one waiting prompt at most, so that texts in progress do not
+stand still for long; a prompt itself runs whole, since the model takes it in one run.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from effc.compiler.generation_rows import Rows
+from effc.compiler.rows import Rows
 from effc.compiler.sampling import Sampler
 from effc.errors import EffcError, UsageError
 from effc.serving.backend.sampling_parameters import Wanted
@@ -50,9 +50,10 @@ class Job:
 
 
 class Scheduler:
-    """Owns the rows of a generating graph.
+    """Owns the texts in progress.
 
     Args:
+        rows: no other thread works with them any more.
         ends: tokens that end a text.
         vocabulary: token ids are below it; None if that is not known.
         max_length: positions of the model; None if nothing bounds them.
@@ -60,7 +61,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, rows: Rows, ends: list[int], vocabulary: int | None, max_length: int | None, max_waiting: int = 256
+        self, rows: Rows, ends: Sequence[int], vocabulary: int | None, max_length: int | None, max_waiting: int = 256
     ):
         self._rows, self._ends, self._vocabulary = rows, frozenset(ends), vocabulary
         self._max_length, self._max_waiting = max_length, max_waiting
@@ -86,12 +87,7 @@ class Scheduler:
         low, high = int(job.prompt.min()), int(job.prompt.max())
         if low < 0 or (self._vocabulary is not None and high >= self._vocabulary):
             raise UsageError(f"The prompt has a token id out of range: {low if low < 0 else high}.", "Correct it.")
-        if self._max_length is not None and length + job.wanted.max_tokens > self._max_length:
-            raise UsageError(
-                f"{length} tokens of prompt and {job.wanted.max_tokens} new ones are more than the {self._max_length} "
-                "positions of the model.",
-                "Shorten the prompt, or ask for fewer tokens.",
-            )
+        self._check_length(length, job.wanted.max_tokens)
         job.sampler = Sampler(job.wanted.sampling)
         with self._wake:
             if self._closed:
@@ -100,6 +96,16 @@ class Scheduler:
                 raise UsageError(f"{self._max_waiting} requests wait already.", "Try again later.")
             self._waiting.append(job)
             self._wake.notify()
+
+    def _check_length(self, length: int, new: int) -> None:
+        remedy = "Shorten the prompt, or ask for fewer tokens."
+        limits = (
+            (self._max_length, "positions of the model", remedy),
+            (self._rows.longest, "that the engines take in all", f"{remedy} Larger --shapes take longer texts."),
+        )
+        for most, what, then in limits:
+            if most is not None and length + new > most:
+                raise UsageError(f"{length} tokens of prompt and {new} new ones are more than the {most} {what}.", then)
 
     def close(self) -> None:
         """End all jobs with an error, and the thread."""
