@@ -184,16 +184,54 @@ def test_engines_that_triton_does_not_run_are_refused(tmp_path):
     with pytest.raises(UsageError, match="(?s)are TensorRT-RTX's.*--target=tensorrt.*--backend python"):
         plan_artifact(rtx, ServingOptions())
     assert plan_artifact(rtx, ServingOptions(backend="python")).models[0].config.backend == "python"
-    writer = compiled(tmp_path / "writer")
-    values = json.loads((writer / "effc.json").read_text())
-    values["engines"]["engines"][0]["graph"] = "decode"
-    (writer / "effc.json").write_text(json.dumps(values))
-    with pytest.raises(UsageError, match="(?s)write text token by token.*--target=onnxruntime"):
-        plan_artifact(writer, ServingOptions())
     with pytest.raises(UsageError, match="no engine of its prefill graph"):
-        engine_set(writer, "prefill")
+        engine_set(compiled(tmp_path / "forward"), "prefill")
     with pytest.raises(UsageError, match="holds no engines"):
         plan_artifact(artifact(tmp_path / "plain"), ServingOptions(backend="tensorrt"))
+
+
+def together(folder: Path, arch: str = "sm_90") -> Path:
+    """An artifact whose engine is that of two GPUs, with the same file of a few bytes for each."""
+    path = compiled(folder, arch=arch, version="11.4.0", text=True, shapes=[(8, 64)])
+    values = json.loads((path / "effc.json").read_text())
+    [engine] = values["engines"]["engines"]
+    values["engines"] |= {
+        "tensor_parallel": 2, "plugin": None, "plugin_embedded": True,
+        "engines": [engine | {"rank": rank} for rank in range(2)],
+    }  # fmt: skip
+    (path / "effc.json").write_text(json.dumps(values))
+    return path
+
+
+def test_gpus_that_compute_together_are_one_instance(tmp_path):
+    path = together(tmp_path / "a")
+    done = write_repository(path, tmp_path / "r", ServingOptions(name="m", instances=Instances("gpu", 1, (2, 3))))
+    message = parse_config((tmp_path / "r/m_model/config.pbtxt").read_text())
+    [group] = message.instance_group
+    assert group.kind == group.KIND_MODEL and group.count == 1 and not group.gpus and list(group.profile) == ["0"]
+    assert not message.cc_model_filenames
+    assert {name: value.string_value for name, value in message.parameters.items()} == {
+        "enable_multi_device": "true", "multi_device_gpus": "2,3", "multi_device_per_rank_engines": "true",
+    }  # fmt: skip
+    files = {file.name for file in (tmp_path / "r/m_model/1").iterdir()}
+    assert {"model.plan", "model.plan.rank0", "model.plan.rank1"} <= files
+    assert "--gpus all" in (tmp_path / "r/launch.sh").read_text()
+    assert any("TRITON_ENABLE_TENSORRT_MULTI_DEVICE" in note for note in done.notes)
+    assert check_repository(tmp_path / "r") == ["m"]
+    first = write_repository(path, tmp_path / "r", ServingOptions(name="m"))
+    message = parse_config((tmp_path / "r/m_model/config.pbtxt").read_text())
+    assert first.version == 2 and message.parameters["multi_device_gpus"].string_value == "0,1"
+
+
+def test_options_that_do_not_fit_gpus_that_compute_together_are_refused(tmp_path):
+    path = together(tmp_path / "a")
+    for options, message in (
+        ({"instances": Instances("gpu", 1, (0, 1, 2))}, "2 GPUs compute these engines together.*names 3"),
+        ({"cuda_graphs": ("1x16",)}, "no CUDA graphs of GPUs that compute together"),
+        ({"engines": (together(tmp_path / "b", "sm_89"),)}, "served by themselves"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan_artifact(path, ServingOptions(name="m", **options))
 
 
 @pytest.mark.parametrize(
@@ -306,8 +344,10 @@ def test_a_real_server_takes_the_configuration(tmp_path):
         write_repository(path, repository, options)
     # What a user's own engines give in half precision.
     write_engines(engines(tmp_path / "own"), repository, "own", max_batch=4, server_tensorrt="10.9.0")
+    # The shim's server knows no instance that places itself, so that this one's is changed like the others'.
+    write_repository(together(tmp_path / "two"), repository, ServingOptions(name="two", max_batch=4, keep=1))
     written = {}
-    for name in ("fp16_model", "int8", "fp8", "own"):
+    for name in ("fp16_model", "int8", "fp8", "own", "two_model"):
         file = repository / name / "config.pbtxt"
         written[name] = parse_config(file.read_text())
         changed = parse_config(file.read_text())
@@ -329,4 +369,5 @@ def test_a_real_server_takes_the_configuration(tmp_path):
             assert taken.backend == "tensorrt" and taken.max_batch_size == 4
             assert taken.cc_model_filenames == message.cc_model_filenames
             assert taken.optimization.cuda == message.optimization.cuda
+            assert taken.parameters == message.parameters
             assert list(taken.input) == list(message.input) and list(taken.output) == list(message.output)

@@ -11,7 +11,7 @@ from typing import Literal, cast
 from effc.compiler.engine_torch import check_torch
 from effc.compiler.recipe import Recipe
 from effc.errors import PreconditionError, UsageError
-from effc.exporters.tensorrt_flavours import Flavour, choose_capabilities, require_flavour
+from effc.exporters.tensorrt_flavours import Flavour, choose_capabilities, require_flavour, version_of
 from effc.passes.engine_settings import ENGINE_TARGETS, TORCH_TARGET, EngineSection
 from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins.tensorrt_library import LEAST_CAPABILITY, existing_library, find_compiler
@@ -19,6 +19,7 @@ from effc.plugins.tensorrt_library import LEAST_CAPABILITY, existing_library, fi
 ENGINE_MODES = ("int8", "fp8")
 """What layers of an engine can be quantized to."""
 _LEAST_FP8, _LEAST_BF16 = 89, 80
+_LEAST_PARALLEL, _LEAST_COLLECTIVE = 11, 80
 _WEIGHTS_ONLY = "their weights would be dequantized before every product, and nothing would be gained"
 _REFUSED = {"int8-weights": _WEIGHTS_ONLY, "int4-weights": "effc writes them in a form that only ONNX Runtime reads"}
 
@@ -87,11 +88,28 @@ def check_engine(recipe: Recipe, calibration_given: bool = False) -> EnginePlan 
             f"{flavour.name} lacks the lean runtime that plans for other releases are made of.",
             "Leave engine.version_compatible out.",
         )
+    _check_parallel(recipe, flavour)
     if recipe.engine.plugin and _is_sparse(recipe) and existing_library() is None:
         find_compiler()
     names = {"version_compatible": "VERSION_COMPATIBLE", "refit": "REFIT", "weight_streaming": "WEIGHT_STREAMING"}
     flags = tuple(flag for name, flag in names.items() if getattr(recipe.engine, name))
     return EnginePlan(flavour, capabilities, precision, flags)
+
+
+def _check_parallel(recipe: Recipe, flavour: Flavour) -> None:
+    """TensorRT's collectives came with release 11, and Triton runs them with one profile and without caches."""
+    if recipe.engine.tensor_parallel == 1:
+        return
+    if len(recipe.engine.shapes) != 1:
+        raise UsageError(
+            "Engines that several GPUs compute together have one optimization profile.",
+            "Name one shape, such as --shapes=8x512.",
+        )
+    release = version_of(flavour) or ""
+    if not flavour.anywhere and int(release.partition(".")[0] or 0) < _LEAST_PARALLEL:
+        raise PreconditionError(
+            f"TensorRT {release} has no collective layers; they came with {_LEAST_PARALLEL}.", "Install a newer one."
+        )
 
 
 def _check_quantization(settings: QuantizationSection) -> None:
@@ -146,6 +164,8 @@ def _least(recipe: Recipe, precision: str) -> tuple[int, str]:
         return LEAST_CAPABILITY, f"is older than effc's kernels, which need sm_{LEAST_CAPABILITY}."
     if precision == "bf16":
         return _LEAST_BF16, "has no bf16 products; they came with sm_80."
+    if recipe.engine.tensor_parallel > 1:
+        return _LEAST_COLLECTIVE, "is too old for TensorRT's collective layers, which need sm_80."
     return 0, ""
 
 

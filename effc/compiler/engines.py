@@ -20,6 +20,7 @@ from effc.compiler.cache import cache_directory, cache_key, cached
 from effc.compiler.engine_check import EnginePlan
 from effc.compiler.engine_profiles import Profile, make_profiles
 from effc.compiler.engine_proof import graph_error
+from effc.compiler.engine_ranks import divide
 from effc.compiler.manifest import EngineGraphRecord, EngineRecord, EnginesRecord, TensorRecord
 from effc.exporters.cuda_device import device_capability
 from effc.exporters.engine_build import Request, build_engine
@@ -84,17 +85,26 @@ def build_engines(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-engines-") as work:
         for source in sources:
             tell(f"{source.name}: {plan.precision} graph")
-            graph = _graph(source, plan, settings.plugin)
-            path = Path(work) / f"{source.name}.onnx"
-            profiles = make_profiles(list(graph.model.graph.inputs), settings.shapes, max_length, source.caches)
-            save_engine_graph(graph, path)
+            graph = _graph(source.path, source.name, plan, settings.plugin)
             graphs[source.name] = _compare(source, plan, graph, exported, probe, Path(work))
-            if graph.attention.plugins and library is None:
-                library = plugin_library(plan.capabilities, tell)
-            for capability in plan.capabilities:
-                engines.append(
-                    _build(plan, settings, source.name, graph, path, profiles, capability, library, folder, tell)
-                )
+            shares: list[tuple[int | None, Path]] = [(None, source.path)]
+            if settings.tensor_parallel > 1:
+                tell(f"{source.name}: shares of {settings.tensor_parallel} GPUs")
+                files, error = divide(source.path, settings.tensor_parallel, probe, Path(work))
+                graphs[source.name].divided_error, shares = error, list(enumerate(files))
+            for rank, share in shares:
+                if rank is not None:
+                    graph = _graph(share, source.name, plan, settings.plugin)
+                path = Path(work) / f"{source.name}{_ending(rank)}.onnx"
+                profiles = make_profiles(list(graph.model.graph.inputs), settings.shapes, max_length, source.caches)
+                save_engine_graph(graph, path)
+                if graph.attention.plugins and library is None:
+                    library = plugin_library(plan.capabilities, tell)
+                for capability in plan.capabilities:
+                    target = (capability, rank)
+                    engines.append(
+                        _build(plan, settings, source.name, graph, path, profiles, target, library, folder, tell)
+                    )
             for file in Path(work).iterdir():
                 file.unlink()
     copied = library is not None and not settings.embed_plugin
@@ -107,6 +117,7 @@ def build_engines(
         plugin=f"{FOLDER}/{LIBRARY_NAME}" if copied else None,
         plugin_embedded=library is not None and settings.embed_plugin,
         version_compatible=settings.version_compatible,
+        tensor_parallel=settings.tensor_parallel,
         graphs=graphs,
         engines=engines,
         not_run=NOT_RUN if device_capability() is None else None,
@@ -131,10 +142,14 @@ def plugin_library(capabilities: Sequence[int], tell: Tell | None = None) -> Pat
     return entry / LIBRARY_NAME
 
 
-def _graph(source: EngineSource, plan: EnginePlan, plugin: bool) -> EngineGraph:
-    model = ir.load(str(source.path))
+def _ending(rank: int | None) -> str:
+    return "" if rank is None else f".rank{rank}"
+
+
+def _graph(path: Path, name: str, plan: EnginePlan, plugin: bool) -> EngineGraph:
+    model = ir.load(str(path))
     as_half = half_caches(model.graph)
-    return make_engine_graph(model, plan.precision, plugin=plugin, past=source.name == "decode", as_half=as_half)
+    return make_engine_graph(model, plan.precision, plugin=plugin, past=name == "decode", as_half=as_half)
 
 
 def _compare(
@@ -153,7 +168,7 @@ def _compare(
         record.error = record.error_fp32
     else:
         # Written out in standard operators: ONNX Runtime has no plugin, and effc's kernels there are fp32.
-        plain = _graph(source, plan, False) if graph.attention.plugins else graph
+        plain = _graph(source.path, source.name, plan, False) if graph.attention.plugins else graph
         path = work / f"{source.name}-plain.onnx"
         save_engine_graph(plain, path, builder=False)
         record.error = graph_error(exported, path, probe)
@@ -167,12 +182,13 @@ def _build(
     graph: EngineGraph,
     path: Path,
     profiles: list[Profile],
-    capability: int,
+    target: tuple[int, int | None],
     library: Path | None,
     folder: Path,
     tell: Tell,
 ) -> EngineRecord:
-    file = folder / f"{name}.sm_{capability}.plan"
+    capability, rank = target
+    file = folder / f"{name}.sm_{capability}{_ending(rank)}.plan"
     plugin = str(library) if library is not None and graph.attention.plugins else None
     request = Request(
         module=plan.flavour.target,
@@ -188,7 +204,7 @@ def _build(
         workspace_bytes=None if settings.workspace_mib is None else settings.workspace_mib << 20,
         timing_cache=_timing_cache(plan, capability),
     )
-    built = build_engine(plan.flavour, request, f"{name} sm_{capability}", tell)
+    built = build_engine(plan.flavour, request, f"{name} sm_{capability}{_ending(rank)}", tell)
     attention = [*graph.attention.plugins, *graph.attention.written_out]
     served = serve(built.layers, attention, graph.linears, graph.attention.plugins)
     warnings = [text for text in built.warnings if "Int64 binding" not in text]
@@ -212,6 +228,7 @@ def _build(
         linears=served.linears,
         low=served.low,
         warnings=warnings,
+        rank=rank,
     )
 
 

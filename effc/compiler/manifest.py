@@ -244,6 +244,7 @@ class EngineRecord(Record):
 
     Attributes:
         graph: ``forward``, ``prefill`` or ``decode``.
+        rank: which of several GPUs it is for that compute together; None if it is for one alone.
         arch: the GPU architecture that it is for, ``sm_89``.
         profiles: for each optimization profile, smallest, best and largest shape of every input.
         inputs, outputs: as the engine has them.
@@ -263,6 +264,7 @@ class EngineRecord(Record):
     linears: dict[str, str]
     low: dict[str, int]
     warnings: list[str] = Field(default_factory=list)
+    rank: int | None = None
 
 
 class EngineGraphRecord(Record):
@@ -272,7 +274,7 @@ class EngineGraphRecord(Record):
     quantized; None where that could not be run, which ``not_run`` explains. ``error_fp32`` is that of quantization
     alone, with everything else in fp32. ``step_error`` is that of decoding token by token, in fp32, to the forward
     pass. ``clipped`` counts constants beyond the range of fp16. ``pads``: texts of different lengths may share a run of
-    a decode graph, padded in front.
+    a decode graph, padded in front. ``divided_error`` is that of the shares of several GPUs taken together.
     """
 
     error: float | None = None
@@ -282,12 +284,14 @@ class EngineGraphRecord(Record):
     kept_in_fp32: list[str] = Field(default_factory=list)
     clipped: int = 0
     pads: bool = False
+    divided_error: float | None = None
 
 
 class EnginesRecord(Record):
     """Engines of an artifact. ``plugin`` is the library's file, or None if they need none or hold it themselves.
 
-    ``version_compatible``: newer releases of TensorRT of the same major version run them too.
+    ``tensor_parallel``: GPUs that compute every layer together. ``version_compatible``: newer releases of TensorRT of
+    the same major version run them too.
     """
 
     flavour: str
@@ -296,6 +300,7 @@ class EnginesRecord(Record):
     plugin: str | None = None
     plugin_embedded: bool = False
     version_compatible: bool = False
+    tensor_parallel: int = 1
     graphs: dict[str, EngineGraphRecord]
     engines: list[EngineRecord]
     eos_token_ids: list[int] = Field(default_factory=list)

@@ -266,6 +266,11 @@ def run(
         source = load(locate(recipe.model))
     generates = recipe.generation.enabled and source.task.name == "causal-lm"
     _check_kv_cache(recipe, generates)
+    if generates and recipe.engine.tensor_parallel > 1:
+        raise UsageError(
+            "Engines that write text keep caches, which several GPUs cannot share as they are served.",
+            "Leave --tensor-parallel out, or build the forward pass alone with --no-generation.",
+        )
     log.steps += generates and engine is None
     if recipe.checkpoint.enabled:
         check_savable(source)

@@ -62,6 +62,7 @@ FLAGS = {
     "engine.shapes": "--shapes",
     "engine.precision": "--engine-precision",
     "engine.plugin": "--no-plugin",
+    "engine.tensor_parallel": "--tensor-parallel",
     "engine.embed_plugin": "--embed-plugin",
     "model.task": "--task",
     "model.revision": "--revision",

@@ -61,7 +61,7 @@ def make_engine_graph(
         result.conversion = to_half(model, _HALVES[precision], as_half=as_half)
     result.attention = lower_attention(model, plugin, past=past)
     model.opset_imports.pop("com.microsoft", None)
-    if not result.attention.plugins:
+    if all(node.domain != DOMAIN for node in model.graph):
         model.opset_imports.pop(DOMAIN, None)
     return result
 

@@ -33,10 +33,10 @@ _IN_FLOAT = frozenset(
 _PRECISE = frozenset({"Cos", "Sin"})
 # The ONNX type is part of these nodes' attributes.
 _TYPED = {"Cast": "to", "EyeLike": "dtype", "Range": "dtype"}
-# effc's operators that take half precision; their kernels sum in fp32.
-_WITH_KERNELS = ("SparseAttention", "LinearAttention")
+# Operators beyond the standard that take half precision; effc's kernels sum in fp32.
+_WITH_KERNELS = ("SparseAttention", "LinearAttention", "RecurrentAttention", "BlockTopKAttention", "DistCollective")
 # Inputs of effc's operators whose type does not follow the query's.
-_OWN_TYPES = ("distance_bias", "distance_slope")
+_OWN_TYPES = ("distance_bias", "distance_slope", "past_state", "past_normaliser")
 
 
 @dataclass
@@ -142,7 +142,8 @@ class _Converter:
             elif value.dtype == _FLOAT and value not in self._were_float:
                 node.replace_input_with(index, self._half_of(value, node))
         self._attributes(node)
-        for output in node.outputs:
+        # States, which attention gives besides its output, are sums over a whole text.
+        for output in node.outputs[:1] if node.domain == DOMAIN else node.outputs:
             if output.dtype == _FLOAT:
                 output.dtype = self._half
                 self._were_float.add(output)

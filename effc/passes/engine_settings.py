@@ -29,6 +29,7 @@ class EngineSection(BaseModel):
         (), description="BATCHxLENGTH of each optimization profile: its largest shape, and the one it is tuned for"
     )
     plugin: bool = Field(True, description="sparse attention by effc's plugin; standard operators without it")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that compute every layer together, an engine for each")
     embed_plugin: bool = Field(False, description="put the plugin library into the plan")
     version_compatible: bool = Field(False, description="let other releases of TensorRT load the plan")
     refit: bool = Field(False, description="let weights be replaced in the plan")
