@@ -54,9 +54,7 @@ def check_attention(patterns: Iterable[str], biased: bool) -> None:
     for pattern in patterns:
         dense_window(pattern)
     if biased:
-        raise PreconditionError(
-            "The model adds to its scores by distance, and ONNX Runtime's kernel cannot.", _REMEDY
-        )
+        raise PreconditionError("The model adds to its scores by distance, and ONNX Runtime's kernel cannot.", _REMEDY)
 
 
 def add_shared_caches(model: ir.Model) -> None:
