@@ -18,12 +18,17 @@ from typing import Any
 PLUGINS = Path(__file__).resolve().parents[1] / "cpp_plugins"
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 ARCHITECTURES = (80, 86, 89, 90, 120)
-TILE_KERNEL = re.compile(r"attend_tile.*?(Half|BFloat16).*?TileShapeILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")
+TILE_KERNEL = re.compile(
+    r"attend_tile.*?(Half|BFloat16|E4M3).*?TileShapeILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E"
+)
 LINEAR_KERNEL = re.compile(r"attend_linear(?!_).*?(Half|BFloat16).*?LinearShapeILi(\d+)E")
 OTHER_KERNEL = re.compile(
     r"\d(attend_rows|merge_splits|sum_keys|add_segments|sum_keys_plainly|attend_linear_rows|step_linear)"
     r"I(f|\w*?Half|\w*?BFloat16)E"
 )
+E4M3_SOURCES = {32: "small", 64: "small", 96: "small", 128: "large", 256: "large"}
+E4M3_ARCHITECTURES = (89, 90, 120)
+"""Those with such products; the others' kernels are empty."""
 LINEAR_SOURCES = {32: "small", 64: "small", 80: "medium", 96: "medium", 128: "large", 256: "large"}
 SUMS = (64, "sums")
 """Key in :func:`tile_shapes` of the kernel that sums up keys, whatever the head size."""
@@ -40,7 +45,7 @@ class Kernel:
     spill_bytes: int
     stack_bytes: int
     instructions: int
-    tensor_core: int  # HMMA
+    tensor_core: int  # HMMA, or QMMA of E4M3
     local_memory: int  # LDL and STL
     shape: tuple[int, ...] | None  # head_dim, warps, row blocks, keys, slots, blocks of attend_tile
     tile: tuple[int, str] | None = None  # key in tile_shapes; None: no tensor-core kernel
@@ -111,6 +116,10 @@ def instruction_counts(cubin: Path) -> dict[str, dict[str, int]]:
 def kernels(architecture: int, head_sizes: tuple[int, ...] = HEAD_SIZES) -> list[Kernel]:
     """All kernels of an architecture; of those that are made for head sizes, these."""
     sources = [f"attention_{head_dim}.cu" for head_dim in head_sizes]
+    if architecture in E4M3_ARCHITECTURES:
+        sources += dict.fromkeys(
+            f"attention_e4m3_{E4M3_SOURCES[size]}.cu" for size in head_sizes if size in E4M3_SOURCES
+        )
     sources += dict.fromkeys(f"linear_{LINEAR_SOURCES[head_dim]}.cu" for head_dim in head_sizes)
     found = [kernel for source in sources for kernel in kernels_of(source, architecture)]
     found = [kernel for kernel in found if kernel.tile is None or kernel.tile[0] in head_sizes]
@@ -139,7 +148,7 @@ def kernels_of(source: str, architecture: int) -> list[Kernel]:
                 spill_bytes=first_number(r"(\d+) bytes spill stores", part),
                 stack_bytes=first_number(r"(\d+) bytes stack frame", part),
                 instructions=sum(words.values()),
-                tensor_core=words.get("HMMA", 0),
+                tensor_core=words.get("HMMA", 0) + words.get("QMMA", 0),
                 local_memory=words.get("LDL", 0) + words.get("STL", 0),
                 shape=shape,
                 tile=tile,
@@ -152,7 +161,7 @@ def identified(symbol: str) -> tuple[str, str, tuple[int, ...] | None, tuple[int
     """Name, type of numbers, shape and tile of a kernel, by its mangled name."""
     if (found := TILE_KERNEL.search(symbol)) is not None:
         shape = tuple(int(size) for size in found.groups()[1:])
-        variant = "few" if shape[1] == 1 else "usual"
+        variant = ("e4m3 " if found[1] == "E4M3" else "") + ("few" if shape[1] == 1 else "usual")
         return f"attend_tile {shape[0]} {variant}", found[1], shape, (shape[0], variant)
     if (found := LINEAR_KERNEL.search(symbol)) is not None:
         return f"attend_linear {found[2]}", found[1], None, (int(found[2]), "linear")

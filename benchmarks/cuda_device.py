@@ -4,6 +4,7 @@
     python benchmarks/cuda_device.py --pattern "local:512|sinks:4" --causal --heads 32 --kv-heads 8 --head-dim 128
     python benchmarks/cuda_device.py --decode --kv-len 8192
     python benchmarks/cuda_device.py --linear elu --causal  # linear attention, in place of a pattern
+    python benchmarks/cuda_device.py --fp8                  # E4M3 in, on devices of compute capability 8.9 and newer
 
 Every problem is checked first, against the float64 definition on small sizes and against SDPA with a mask on the sizes
 that are timed; a wrong result ends the run. Then both take turns, so that clocks and temperature are the same for
@@ -59,12 +60,15 @@ def build_library() -> ctypes.CDLL:
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     library = ctypes.CDLL(str(folder / "libeffc_cuda_c.so"))
     library.effc_cuda_sparse_attention.restype = ctypes.c_char_p
+    library.effc_cuda_sparse_attention_e4m3.restype = ctypes.c_char_p
     library.effc_cuda_linear_attention.restype = ctypes.c_char_p
     return library
 
 
 class Attention:
     """One problem: its tensors, our kernel and SDPA."""
+
+    allowed_error = 2.0  # times TOLERANCE
 
     def __init__(
         self, library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_len: int, dtype: torch.dtype
@@ -163,9 +167,44 @@ class Attention:
         expected = expected.double().cpu()
         actual = self.ours().double().cpu()
         error = ((actual - expected).abs().max() / expected.abs().max()).item()
-        if not error <= 2 * TOLERANCE[self.dtype]:
+        if not error <= self.allowed_error * TOLERANCE[self.dtype]:
             raise SystemExit(f"WRONG: relative error {error:.2e} with {self.q_len} queries of {self.kv_len} keys.")
         return error
+
+
+class Fp8Attention(Attention):
+    """The same of the E4M3 numbers nearest to the inputs; SDPA gets what they stand for, in 16 bits."""
+
+    allowed_error = 50.0
+
+    def __init__(
+        self, library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_len: int, dtype: torch.dtype
+    ):
+        super().__init__(library, arguments, q_len, kv_len, dtype)
+        tensors = (self.query, self.key, self.value)
+        self.scales = [tensor.abs().max().item() / 448 for tensor in tensors]
+        self.codes = [
+            (tensor.float() / scale).to(torch.float8_e4m3fn) for tensor, scale in zip(tensors, self.scales, strict=True)
+        ]
+        self.query, self.key, self.value = (
+            (codes.float() * scale).to(dtype) for codes, scale in zip(self.codes, self.scales, strict=True)
+        )
+
+    def sparse(self) -> torch.Tensor:
+        problem = self.library.effc_cuda_sparse_attention_e4m3(
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*self.codes, self.output, self.workspace)),
+            ctypes.c_int64(self.workspace.numel()),
+            *(ctypes.c_int64(size) for size in (self.batch, self.q_len, self.kv_len)),
+            *(ctypes.c_int64(size) for size in (self.heads, self.kv_heads, self.head_dim)),
+            *(ctypes.c_float(scale) for scale in (self.head_dim**-0.5, *self.scales)),
+            ctypes.c_int(NUMBERS[self.dtype]),
+            self.pattern.encode(),
+            ctypes.c_int(self.causal),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+        if problem is not None:
+            raise SystemExit(f"The kernel refuses: {problem.decode()}")
+        return self.output
 
 
 def milliseconds(run: object) -> float:
@@ -180,9 +219,10 @@ def milliseconds(run: object) -> float:
 
 def measure(library: ctypes.CDLL, arguments: argparse.Namespace, q_len: int, kv_len: int) -> None:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16
-    small = Attention(library, arguments, min(q_len, 300), min(kv_len, 300), dtype)
+    kind = Fp8Attention if arguments.fp8 else Attention
+    small = kind(library, arguments, min(q_len, 300), min(kv_len, 300), dtype)
     definition_error = small.check(small.definition())
-    problem = Attention(library, arguments, q_len, kv_len, dtype)
+    problem = kind(library, arguments, q_len, kv_len, dtype)
     if problem.map is not None:
         error, share = problem.check(problem.definition()), 1.0
     else:
@@ -210,6 +250,7 @@ def main() -> None:
     parser.add_argument("--linear", choices=["elu", "relu"], help="linear attention with this feature map")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="E4M3 queries, keys and values, with 16-bit outputs")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--kv-heads", type=int, default=12)
@@ -219,9 +260,14 @@ def main() -> None:
     parser.add_argument("--kv-len", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=50)
     arguments = parser.parse_args()
+    if arguments.fp8 and arguments.linear is not None:
+        parser.error("linear attention takes no FP8")
     reason = no_device()
     if reason is not None:
         print(f"No device: {reason}. Nothing was measured.")
+        return
+    if arguments.fp8 and torch.cuda.get_device_capability() < (8, 9):
+        print("FP8 needs a device of compute capability 8.9 or newer. Nothing was measured.")
         return
     library = build_library()
     form = arguments.pattern if arguments.linear is None else f"linear:{arguments.linear}"

@@ -16,7 +16,7 @@ from effc.compiler.recipe import build_recipe
 from effc.compiler.report import command_line
 from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.errors import PreconditionError, UsageError
-from effc.exporters.engine_graph import make_engine_graph
+from effc.exporters.engine_graph import EngineGraph, Precision, make_engine_graph
 from effc.passes.quantize import quantize
 from effc.passes.quantize_activation import FORMATS
 from effc.passes.quantize_for_engine import engine_quantizing_passes
@@ -86,23 +86,54 @@ def test_excluded_layers_stay_and_slips_are_refused() -> None:
         quantize(twice, QuantizationSection(attention="int8"), None)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_the_plugin_of_an_engine_reads_pairs_with_one_scale(kind: str) -> None:
+def lowered(kind: str, precision: Precision = "fp16", plugin: bool = True) -> tuple[EngineGraph, ir.Node]:
+    """A graph for the builder, and its attention."""
     model = graph()
     for step in engine_quantizing_passes(QuantizationSection(attention=kind), [inputs(8)]):
         step.run(model)
         step.ensures(model)
-    lowered = make_engine_graph(model, "fp16", plugin=True)
-    assert set(lowered.attention.plugins) == {"layer.0.attention"}
-    (node,) = [node for node in lowered.model.graph if node.domain == "effc"]
+    made = make_engine_graph(model, precision, plugin=plugin)
+    return made, next(node for node in made.model.graph if node.op_type in ("SparseAttention", "Attention"))
+
+
+def check_pair(dequantize: ir.Node, kind: str, dtype: ir.DataType) -> None:
+    quantize_node = dequantize.inputs[0].producer()
+    assert (dequantize.op_type, quantize_node.op_type) == ("DequantizeLinear", "QuantizeLinear")
+    for pair in (dequantize, quantize_node):
+        scale = ir.convenience.get_const_tensor(pair.inputs[1])
+        assert scale.size == 1 and scale.dtype == dtype and "axis" not in pair.attributes
+    assert quantize_node.inputs[2].dtype == FORMATS[kind].dtype
+
+
+def test_the_plugin_of_an_engine_reads_int8_pairs_with_one_scale() -> None:
+    made, node = lowered("int8")
+    assert set(made.attention.plugins) == {"layer.0.attention"} and made.attention.eight_bit == []
     for value in node.inputs[:3]:
-        dequantize = value.producer()
-        quantize_node = dequantize.inputs[0].producer()
-        assert (dequantize.op_type, quantize_node.op_type) == ("DequantizeLinear", "QuantizeLinear")
-        for pair in (dequantize, quantize_node):
-            scale = ir.convenience.get_const_tensor(pair.inputs[1])
-            assert scale.size == 1 and scale.dtype == ir.DataType.FLOAT16 and "axis" not in pair.attributes
-        assert quantize_node.inputs[2].dtype == FORMATS[kind].dtype
+        check_pair(value.producer(), "int8", ir.DataType.FLOAT16)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)])
+def test_the_plugin_of_an_engine_reads_fp8_as_it_is(precision: Precision, dtype: ir.DataType) -> None:
+    made, node = lowered("fp8", precision)
+    assert made.attention.eight_bit == ["layer.0.attention"]
+    assert [entry.op_type for entry in made.model.graph].count("DequantizeLinear") == 0
+    for name, value in zip(("query", "key", "value"), node.inputs[:3], strict=True):
+        assert value.dtype == ir.DataType.FLOAT8E4M3FN and value.producer().op_type == "QuantizeLinear"
+        scale = ir.convenience.get_const_tensor(value.producer().inputs[1])
+        assert scale.dtype == dtype
+        assert node.attributes[f"{name}_scale"].as_float() == float(scale.numpy())
+    assert node.attributes["output_type"].as_int() == node.outputs[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "precision, plugin, dtype", [("fp32", True, ir.DataType.FLOAT), ("fp16", False, ir.DataType.FLOAT16)]
+)
+def test_other_kernels_read_fp8_pairs(precision: Precision, plugin: bool, dtype: ir.DataType) -> None:
+    """What the FP8 kernels do not write, and what TensorRT computes itself."""
+    made, node = lowered("fp8", precision, plugin)
+    assert made.attention.eight_bit == []
+    for value in node.inputs[:3]:
+        check_pair(value.producer(), "fp8", dtype)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -74,6 +74,13 @@ def test_layers_that_were_to_be_quantized_and_are_not_are_named():
     assert served.missed == ("layer.0.intermediate.dense", "gone") and served.linears["gone"] == NOT_FOUND
 
 
+def test_a_plugin_that_reads_fp8_is_no_product():
+    """As TensorRT-RTX 1.7 writes it."""
+    reads = line(f"{SELF}_myl0_4", "custom_layer", ["FP8", "FP8", "FP8", "Bool"], ["Half", "UInt8"], [SELF])
+    served = serve(read_layers(f"Layers:\n{reads}"), [SELF], {})
+    assert served.attention == {SELF: f"{PLUGIN}, fp8 inputs"} and served.low == {}
+
+
 def test_only_the_last_engine_of_a_log_counts():
     again = f"{LOG}\n\nLayers:\n{line('only_myl0_1', 'gemm', ['FP8'], ['Half'], ['only'], ['FP8'])}"
     assert [layer.precision for layer in read_layers(again)] == ["fp8"]

@@ -18,15 +18,19 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attention_cases import one_node_model
+from attention_cases import one_node_model, random_inputs
 
 from effc.compiler.cache import cache_directory
 from effc.errors import MissingDependencyError, PassFailedError
 from effc.exporters.engine_attention import lower_attention
 from effc.exporters.engine_build import Request, build_engine
+from effc.exporters.engine_graph import make_engine_graph
 from effc.exporters.engine_log import PLUGIN, serve
+from effc.exporters.engine_states import STATES, state_shapes, with_state
 from effc.exporters.half_precision import to_half
 from effc.exporters.tensorrt_flavours import FLAVOURS
+from effc.passes.quantize_for_engine import engine_quantizing_passes
+from effc.passes.quantize_settings import QuantizationSection
 from effc.plugins import tensorrt_library
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.operator import AttentionGeometry
@@ -64,6 +68,8 @@ def make(operator="SparseAttention", **changes):
 cases = json.loads(sys.argv[3])
 print(json.dumps({name: make(**changes) is not None for name, changes in cases.items()}))
 """
+LINEAR = {"operator": "LinearAttention", "pattern": "linear:elu"}
+EIGHT_BIT = {"query_scale": 0.5, "key_scale": 0.25, "value_scale": 2.0, "output_type": 10}
 CASES = {
     "plain": {},
     "every input": {"inputs": "key_mask,marks,distance_bias,distance_slope"},
@@ -79,8 +85,22 @@ CASES = {
     "linear without a mask": {"operator": "LinearAttention", "pattern": "linear:elu", "inputs": ""},
     "linear that is none": {"operator": "LinearAttention", "pattern": "performer:64"},
     "linear with biases": {"operator": "LinearAttention", "pattern": "linear:elu", "inputs": "distance_bias"},
+    "chosen blocks": {"pattern": "dense", "inputs": "key_mask,key_blocks", "block_size": 64},
+    "chosen blocks of no size": {"pattern": "dense", "inputs": "key_mask,key_blocks"},
+    "a size of no blocks": {"pattern": "dense", "block_size": 64},
+    "a state to go on from": {**LINEAR, "inputs": "past_state,past_normaliser", "causal": 1, "present_state": 1},
+    "half a state": {**LINEAR, "inputs": "past_state", "causal": 1, "present_state": 1},
+    "a state that looks ahead": {**LINEAR, "inputs": "key_mask", "present_state": 1},
+    "a state of sparse attention": {"causal": 1, "present_state": 1},
+    "eight bits": EIGHT_BIT,
+    "eight bits without an output's type": {**EIGHT_BIT, "output_type": None},
+    "eight bits in, eight bits out": {**EIGHT_BIT, "output_type": 17},
+    "a scale that is missing": {**EIGHT_BIT, "key_scale": None},
+    "a scale below zero": {**EIGHT_BIT, "value_scale": -1.0},
+    "linear in eight bits": {**LINEAR, **EIGHT_BIT},
 }
 TAKEN = {"plain", "every input", "no input", "grouped, causal, global", "linear", "linear without a mask"}
+TAKEN |= {"chosen blocks", "a state to go on from", "eight bits"}
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +149,52 @@ def test_the_library_links_no_tensorrt_and_exports_two_functions(library):
     assert functions == {"getCreators", "setLoggerFinder"}
 
 
-def test_a_plan_keeps_every_attribute(library, tmp_path):
+def compiled(name: str, folder: Path) -> Path:
+    """A program of ``tests/native`` that uses the plugin library."""
     nvcc, include = tensorrt_library.find_nvcc(), tensorrt_library.find_headers()
     if nvcc is None or include is None:
         pytest.skip("there is no nvcc or no NvInfer.h to compile the test with")
-    program = tmp_path / "roundtrip"
-    source = CHECKOUT / "tests/native/plugin_roundtrip.cpp"
-    subprocess.run([nvcc, "-std=c++17", "-isystem", include, source, "-o", program, "-ldl"], check=True)
-    done = subprocess.run([program, library], capture_output=True, text=True)
+    source = CHECKOUT / "tests/native" / f"{name}.cpp"
+    subprocess.run([nvcc, "-std=c++17", "-isystem", include, source, "-o", folder / name, "-ldl"], check=True)
+    return folder / name
+
+
+def test_tensorrt_chooses_between_tilings(library, tmp_path):
+    done = subprocess.run([compiled("plugin_tactics", tmp_path), library], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    # Of long inputs in half precision; a decode step, fp32 and linear attention have one way.
+    assert done.stdout.split() == ["2", "0", "0", "0"]
+    assert "effc::SparseAttention 'layer': it knows no tactic 3." in done.stderr
+    if "EFFC_TENSORRT_LIBRARY" not in os.environ:
+        assert "its kernel cannot be launched: operation not permitted." in done.stderr, "by the stand-in, if told so"
+
+
+@pytest.mark.parametrize("operator", ["sparse", "linear"])
+def test_a_plan_keeps_every_attribute(library, tmp_path, operator):
+    program = compiled("plugin_roundtrip", tmp_path)
+    done = subprocess.run([program, library, operator], capture_output=True, text=True)
     assert done.returncode == 0, done
     said = dict(line.split(" (")[0].split("=") for line in done.stdout.splitlines())
-    assert said == {
+    sparse = {
         "pattern": "global:4|local:16",
-        "inputs": "marks,distance_slope",
+        "inputs": "marks,distance_slope,key_blocks",
+        "block_size": "128",
+        "present_state": "0",
+        "query_scale": "0.500000",
+        "key_scale": "0.250000",
+        "value_scale": "2.000000",
+        "output_type": "16",
+    }
+    linear = {
+        "pattern": "linear:relu",
+        "inputs": "past_state,past_normaliser",
+        "block_size": "0",
+        "present_state": "1",
+        **{f"{name}_scale": "0.000000" for name in ("query", "key", "value")},
+        "output_type": "0",
+    }
+    assert said == {
+        **(sparse if operator == "sparse" else linear),
         "causal": "1",
         "num_heads": "6",
         "kv_num_heads": "2",
@@ -183,7 +236,7 @@ def build(
 ):
     """An engine of one attention layer."""
     geometry = AttentionGeometry(parse_form(form), False, 4, 2, head_dim, 0.2)
-    extras = {} if form.startswith("linear") else {"distance_bias": np.zeros((4, 33), np.float32)}
+    extras = {} if form.startswith(("linear", "topk")) else {"distance_bias": np.zeros((4, 33), np.float32)}
     model = one_node_model(geometry, True, extras)
     graph = ir.serde.deserialize_model(model)
     graph.graph[0].name = "encoder.layer.0.attention"
@@ -192,6 +245,11 @@ def build(
     lower_attention(graph, True)
     if mask != "bool":
         next(value for value in graph.graph.inputs if value.name == "key_mask").dtype = ir.DataType.INT32
+    return build_graph(library, folder, graph)
+
+
+def build_graph(library: Path, folder: Path, graph: ir.Model):
+    """An engine for sm_89 of a graph with batches and lengths that vary."""
     onnx.save(ir.serde.serialize_model(graph), folder / "g.onnx")
     profile = {
         value.name: tuple(
@@ -220,6 +278,27 @@ def test_an_engine_holds_the_plugin_in_every_precision(library, tmp_path, half):
     built = build(library, tmp_path, half)
     assert serve(built.layers, ["encoder.layer.0.attention"], {}).attention == {"encoder.layer.0.attention": PLUGIN}
     assert (tmp_path / "plan").stat().st_size > 1000
+    assert not [text for text in built.warnings if "Attribute" in text]
+
+
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_an_engine_hands_fp8_to_the_plugin(library, tmp_path, precision):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    name = "encoder.layer.0.attention"
+    geometry = AttentionGeometry(parse_form("global:4|local:16"), False, 4, 2, 32, 0.2)
+    model = ir.serde.deserialize_model(one_node_model(geometry, True))
+    model.graph[0].name = name
+    samples = [random_inputs(geometry, 2, 20, 20, 0, "right")]
+    for step in engine_quantizing_passes(QuantizationSection(attention="fp8"), samples):
+        step.run(model)
+    graph = make_engine_graph(model, precision, plugin=True).model
+    served = serve(build_graph(library, tmp_path, graph).layers, [name], {})
+    assert served.attention == {name: f"{PLUGIN}, fp8 inputs"} and served.low == {}
+    node = next(node for node in graph.graph if node.name == name)
+    for attribute in EIGHT_BIT:
+        del node.attributes[attribute]
+    with pytest.raises(PassFailedError, match="query is FP8; it must be FP32, FP16 or BF16, or FP8 with query_scale"):
+        build_graph(library, tmp_path, graph)
 
 
 def test_an_engine_holds_linear_attention(library, tmp_path):
@@ -229,13 +308,46 @@ def test_an_engine_holds_linear_attention(library, tmp_path):
     served = serve(built.layers, [name], {}, {name: "LinearAttention"})
     assert served.attention == {name: "plugin effc::LinearAttention"}
     with pytest.raises(PassFailedError, match=r"effc::LinearAttention 'encoder.layer.0.attention': .*head_dim"):
-        build(library, tmp_path, ir.DataType.FLOAT16, form="linear:elu", head_dim=512)
+        build(library, tmp_path, ir.DataType.FLOAT16, form="linear:elu", head_dim=520)
+
+
+def test_an_engine_chooses_blocks_for_the_plugin(library, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    name = "encoder.layer.0.attention"
+    built = build(library, tmp_path, ir.DataType.FLOAT16, form="topk-blocks:4:64")
+    assert serve(built.layers, [name], {}).attention == {name: PLUGIN}
+    with pytest.raises(PassFailedError, match=r"effc::SparseAttention 'encoder.layer.0.attention': .*head_dim"):
+        build(library, tmp_path, ir.DataType.FLOAT16, form="topk-blocks:4:64", head_dim=520)
+
+
+def test_an_engine_hands_on_a_state(library, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    name = "decoder.layer.0.attention"
+    geometry = AttentionGeometry(parse_form("linear:elu"), True, 4, 2, 32, 0.2)
+    graph = ir.serde.deserialize_model(one_node_model(geometry, True))
+    node = graph.graph[0]
+    node.name = name
+    past = [
+        ir.Value(name=f"past_{what}.0", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for what, shape in state_shapes(geometry).items()
+    ]
+    graph.graph.inputs.extend(past)
+    for what, value in zip(STATES, with_state(graph, node, past), strict=True):
+        value.name = f"present_{what}.0"
+        graph.graph.outputs.append(value)
+    to_half(graph, ir.DataType.FLOAT16)
+    lower_attention(graph, True, past=True)
+    built = build_graph(library, tmp_path, graph)
+    assert serve(built.layers, [name], {}, {name: "LinearAttention"}).attention == {
+        name: "plugin effc::LinearAttention"
+    }
+    assert [value.dtype for value in graph.graph.outputs[1:]] == [ir.DataType.FLOAT] * 2
 
 
 def test_what_the_plugin_refuses_reaches_the_user(library, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     with pytest.raises(PassFailedError, match=r"effc::SparseAttention 'encoder.layer.0.attention': .*head_dim"):
-        build(library, tmp_path, ir.DataType.FLOAT16, head_dim=512)
+        build(library, tmp_path, ir.DataType.FLOAT16, head_dim=520)
     with pytest.raises(PassFailedError, match=r"key_mask is INT32; it must be BOOL"):
         build(library, tmp_path, ir.DataType.FLOAT16, mask="int32")
 

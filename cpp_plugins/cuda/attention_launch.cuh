@@ -1,4 +1,4 @@
-// Everything that attention_<head size>.cu has to instantiate.
+// Everything that attention_<head size>.cu and attention_e4m3_*.cu have to instantiate.
 #pragma once
 
 #include "cuda/attention_tile.cuh"
@@ -20,6 +20,12 @@ int launch_shape(const Call& call, void* stream) {
 }
 
 template <class Shape>
+int launch_e4m3_shape(const Call& call, void* stream) {
+  return launch_kernel(attend_tile<E4M3, Shape>, block_count(call.problem, call.schedule), Shape::kThreads,
+                       sizeof(SharedTiles<E4M3, Shape>), stream, call);
+}
+
+template <class Shape>
 TileKernel kernel_of_shape() {
   return {Shape::kSize, Shape::kThreads, sizeof(SharedTiles<Half, Shape>)};
 }
@@ -34,6 +40,12 @@ template <int head_dim>
 int launch_tiles(TileVariant variant, const Call& call, void* stream) {
   return variant == TileVariant::kUsual ? launch_shape<UsualShape<head_dim>>(call, stream)
                                         : launch_shape<FewShape<head_dim>>(call, stream);
+}
+
+template <int head_dim>
+int launch_e4m3_tiles(TileVariant variant, const Call& call, void* stream) {
+  return variant == TileVariant::kUsual ? launch_e4m3_shape<UsualE4M3Shape<head_dim>>(call, stream)
+                                        : launch_e4m3_shape<FewShape<head_dim>>(call, stream);
 }
 
 }  // namespace effc::cuda

@@ -12,14 +12,20 @@ namespace effc::cuda {
 
 constexpr int kMaxHeadDim = 512;
 
-enum class Number : int32_t { kFloat, kHalf, kBFloat16 };
+enum class Number : int32_t { kFloat, kHalf, kBFloat16, kE4M3 };
 
 constexpr size_t bytes_of(Number number) {
-  return number == Number::kFloat ? 4 : 2;
+  return number == Number::kFloat ? 4 : (number == Number::kE4M3 ? 1 : 2);
+}
+
+// Of the output, which is never E4M3: outputs have no scale.
+constexpr size_t output_bytes_of(Number number) {
+  return number == Number::kE4M3 ? 2 : bytes_of(number);
 }
 
 // Row-major device tensors: query and output [batch, q_len, num_heads * head_dim], key and value
-// [batch, kv_len, kv_num_heads * head_dim], all of one number type; key_mask [batch, kv_len] with 0 for false.
+// [batch, kv_len, kv_num_heads * head_dim], all of one number type (but see SparseAttention::eight_bit); key_mask
+// [batch, kv_len] with 0 for false.
 struct AttentionTensors : AttentionSizes {
   const void* query;
   const void* key;

@@ -1,7 +1,8 @@
-// The kernel for fp16 and bf16: a block computes a tile of queries on tensor cores. One warp brings tiles of keys and
-// values (tile_supply.cuh), the others compute (warp_tile.cuh) and write (tile_results.cuh).
+// The kernel for fp16, bf16 and E4M3: a block computes a tile of queries on tensor cores. One warp brings tiles of keys
+// and values (tile_supply.cuh), the others compute (warp_tile.cuh) and write (tile_results.cuh).
 #pragma once
 
+#include "cuda/e4m3_tile.cuh"
 #include "cuda/tile_results.cuh"
 #include "cuda/tile_supply.cuh"
 #include "cuda/warp_tile.cuh"
@@ -36,11 +37,13 @@ EFFC_DEVICE void compute_tiles(const Call& call, SharedTiles<T, Shape>& shared) 
 template <class T, class Shape>
 EFFC_KERNEL(Shape::kThreads, Shape::kBlocksPerMultiprocessor)
 attend_tile(EFFC_CONSTANT Call call) {
-  auto& shared = *reinterpret_cast<SharedTiles<T, Shape>*>(shared_memory());
-  if (static_cast<int>(threadIdx.x / kWarpSize) == Shape::kWarps) {
-    supply_tiles(call, shared);
-  } else {
-    compute_tiles(call, shared);
+  if constexpr (kMultiplies<T>) {  // or `launch` has refused
+    auto& shared = *reinterpret_cast<SharedTiles<T, Shape>*>(shared_memory());
+    if (static_cast<int>(threadIdx.x / kWarpSize) == Shape::kWarps) {
+      supply_tiles(call, shared);
+    } else {
+      compute_tiles(call, shared);
+    }
   }
 }
 

@@ -58,6 +58,14 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// Four E4M3 numbers in one register, the first in the lowest byte; what is beyond 448 becomes 448. From sm_89.
+EFFC_DEVICE uint32_t pack_e4m3(float first, float second, float third, float fourth) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(second), "f"(first));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(fourth), "f"(third));
+  return low | uint32_t{high} << 16;
+}
+
 // 2^x, flushing results below the smallest normal number to zero.
 EFFC_DEVICE float exp2_fast(float x) {
   float result;
@@ -140,6 +148,24 @@ __device__ __forceinline__ void multiply_add<BFloat16>(float (&sums)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of E4M3 numbers, a [16][32] and b [32][8], with four numbers where there were two: of a those that begin at
+// (g, 4t), (g + 8, 4t), (g, 4t + 16), (g + 8, 4t + 16); of b those of the rows from 4t and from 4t + 16. From sm_89.
+template <>
+__device__ __forceinline__ void multiply_add<E4M3>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Whether the architecture that is compiled for multiplies such numbers.
+template <class T>
+constexpr bool kMultiplies = true;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+template <>
+constexpr bool kMultiplies<E4M3> = false;
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Host side.
 
@@ -163,6 +189,15 @@ inline int multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess) return -1;
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return -1;
   return count;
+}
+
+// Compute capability of the current device, 89 for 8.9, or an error below 0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return -1;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return -1;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return -1;
+  return 10 * major + minor;
 }
 
 }  // namespace effc::cuda

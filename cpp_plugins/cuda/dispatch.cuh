@@ -17,8 +17,8 @@ constexpr const char* kTooManyBlocks = "the problem has too many rows for one la
 template <class HeadSize, size_t count>
 const HeadSize* tensor_cores_for(const AttentionTensors& tensors, const HeadSize (&sizes)[count]) {
   constexpr uintptr_t kCopyBytes = 16;
-  constexpr int kNumbersPerCopy = 8;
-  if (tensors.number == Number::kFloat || tensors.head_dim % kNumbersPerCopy != 0) return nullptr;
+  const auto numbers_per_copy = static_cast<int64_t>(kCopyBytes / bytes_of(tensors.number));
+  if (tensors.number == Number::kFloat || tensors.head_dim % numbers_per_copy != 0) return nullptr;
   for (const void* tensor : {tensors.query, tensors.key, tensors.value, static_cast<const void*>(tensors.output)}) {
     if (reinterpret_cast<uintptr_t>(tensor) % kCopyBytes != 0) return nullptr;
   }
@@ -38,6 +38,8 @@ int launch_for(Number number, const Launch& launch) {
       return launch(Half{});
     case Number::kBFloat16:
       return launch(BFloat16{});
+    case Number::kE4M3:
+      break;  // no input and output of this type have kernels
   }
   return 1;  // cudaErrorInvalidValue
 }

@@ -21,4 +21,8 @@ TileKernel tile_kernel(TileVariant variant);
 template <int head_dim>
 int launch_tiles(TileVariant variant, const Call& call, void* stream);
 
+// The same for E4M3, whose kernels are in attention_e4m3_{small,large}.cu.
+template <int head_dim>
+int launch_e4m3_tiles(TileVariant variant, const Call& call, void* stream);
+
 }  // namespace effc::cuda

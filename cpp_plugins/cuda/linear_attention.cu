@@ -65,6 +65,7 @@ int launch_kernels(const LinearAttention& problem, void* workspace, void* stream
 
 const char* refusal(const LinearAttention& problem, int capability) {
   if (const char* reason = size_refusal(problem, capability)) return reason;
+  if (problem.number == Number::kE4M3) return "linear attention takes fp32, fp16 and bf16.";
   if (problem.causal && problem.q_len > problem.kv_len) {
     return "there are more queries than keys. Causal queries are the last positions of the keys, so pass past and "
            "present keys together.";

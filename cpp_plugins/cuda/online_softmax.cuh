@@ -22,13 +22,15 @@ EFFC_DEVICE int column_of(int n, int lane) {
 
 // Turns the scores of one row into weights: 2^(score * factor - largest). Returns what the outputs so far are to be
 // multiplied with, since they refer to the largest score that was known before. `statistics.sum` is of this lane's
-// columns.
+// columns. With `headroom`, statistics.largest is that much less than the largest score, and weights go up to
+// 2^headroom; it cancels in the end.
 template <int blocks>
-EFFC_DEVICE float turn_into_weights(RowSums<blocks>& scores, int half, float factor, RowStatistics& statistics) {
+EFFC_DEVICE float turn_into_weights(RowSums<blocks>& scores, int half, float factor, RowStatistics& statistics,
+                                    float headroom = 0.0f) {
   float largest = -INFINITY;
   EFFC_UNROLL
   for (int n = 0; n < 2 * blocks; ++n) largest = fmaxf(largest, scores.of(half, n));
-  largest = fmaxf(statistics.largest, largest_of_lanes<4>(largest) * factor);
+  largest = fmaxf(statistics.largest, largest_of_lanes<4>(largest) * factor - headroom);
   // A row that has seen no key: any number will do, so long as 2^(-infinity - number) is zero.
   const float reference = largest == -INFINITY ? 0.0f : largest;
   const float kept = exp2_fast(statistics.largest - reference);

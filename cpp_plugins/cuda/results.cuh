@@ -23,7 +23,8 @@ EFFC_DEVICE Row row_of(const SparseAttention& problem, const QueryTile& tile, in
   return row;
 }
 
-// The online softmax of one row: the largest score so far, in units of log2, and the sum of 2^(score - largest).
+// The online softmax of one row: the largest score so far, in units of log2, and the sum of 2^(score - largest). Any
+// number will do for `largest` if the sum refers to it.
 struct RowStatistics {
   float largest;
   float sum;

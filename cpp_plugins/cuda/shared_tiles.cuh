@@ -7,22 +7,24 @@
 namespace effc::cuda {
 
 // Rows are cut into chunks of 16 bytes, which move as one.
-constexpr int kChunk = 8;  // numbers
+constexpr int kChunkBytes = 16;
+constexpr int kChunk = 8;  // 16-bit numbers
 
 struct alignas(16) ChunkOfBytes {
   uint32_t words[4];
 };
 
-// A matrix of rows of `head_dim` 16-bit numbers. Eight rows of the same chunk, as load_matrices reads them, must lie in
-// different banks: the chunks of each row change places, in a way that depends on the row.
-template <int head_dim>
+// A matrix of rows of `head_dim` numbers, `numbers` to a chunk. Eight rows of the same chunk, as load_matrices reads
+// them, must lie in different banks: the chunks of each row change places, in a way that depends on the row.
+template <int head_dim, int numbers = kChunk>
 struct SwizzledRows {
-  static constexpr int kChunks = head_dim / kChunk;
+  static constexpr int kNumbers = numbers;
+  static constexpr int kChunks = head_dim / numbers;
   // The largest power of two, up to 8, that divides kChunks: chunks change places within groups of that size.
   static constexpr int kGroup = kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : (kChunks % 2 == 0 ? 2 : 1));
 
   // Where chunk `chunk` of row `row` begins, in numbers.
-  EFFC_MEMBER static int at(int row, int chunk) { return row * head_dim + (chunk ^ turn(row)) * kChunk; }
+  EFFC_MEMBER static int at(int row, int chunk) { return row * head_dim + (chunk ^ turn(row)) * numbers; }
 
   // Places of chunks `odd`, 2 + odd, 4 + odd, ... in row `row` and in rows a multiple of eight further: what a lane
   // meets when it goes through a matrix. Most of the arithmetic depends on the lane alone and is done once.
@@ -32,7 +34,7 @@ struct SwizzledRows {
 
     EFFC_MEMBER int at(int rows_further, int step) const {
       const int chunk = (first_chunk ^ 2 * step % kGroup) + 2 * step / kGroup * kGroup;
-      return row_begin + rows_further * head_dim + chunk * kChunk;
+      return row_begin + rows_further * head_dim + chunk * numbers;
     }
   };
   EFFC_MEMBER static Places places(int row, int odd) { return {row * head_dim, odd ^ turn(row)}; }
@@ -40,6 +42,9 @@ struct SwizzledRows {
  private:
   EFFC_MEMBER static int turn(int row) { return row / (8 / kGroup) % kGroup; }
 };
+
+template <class T, class Shape>
+using RowsOf = SwizzledRows<Shape::kHeadDim, kChunkBytes / static_cast<int>(sizeof(T))>;
 
 // What the whole block must know about a tile of keys.
 struct TileFacts {
@@ -59,7 +64,7 @@ struct SharedTiles {
   };
 
   QueryTile tile;                                         // here, because registers are scarcer
-  alignas(16) T queries[Shape::kRows * Shape::kHeadDim];  // in the end: outputs
+  alignas(16) T queries[Shape::kRows * Shape::kHeadDim];  // in the end: outputs of the same type
   Slot slots[Shape::kSlots];
 };
 
@@ -67,14 +72,14 @@ struct SharedTiles {
 // rows with zeros.
 template <int rows, class Shape, int threads = kWarpSize, class T, class RowAddress>
 EFFC_DEVICE void start_copying_rows(T* to, int count, int head_dim, int thread, const RowAddress& row_address) {
-  using Rows = SwizzledRows<Shape::kHeadDim>;
+  using Rows = RowsOf<T, Shape>;
   static_assert(rows * Rows::kChunks % kWarpSize == 0, "every lane of a warp copies the same number of chunks");
   const T* somewhere_valid = row_address(0);
   EFFC_UNROLL_BY(8)
   for (int n = thread; n < rows * Rows::kChunks; n += threads) {
     const int row = n / Rows::kChunks, chunk = n % Rows::kChunks;
-    const bool wanted = row < count && chunk * kChunk < head_dim;
-    start_copy(to + Rows::at(row, chunk), wanted ? row_address(row) + chunk * kChunk : somewhere_valid, wanted);
+    const bool wanted = row < count && chunk * Rows::kNumbers < head_dim;
+    start_copy(to + Rows::at(row, chunk), wanted ? row_address(row) + chunk * Rows::kNumbers : somewhere_valid, wanted);
   }
 }
 

@@ -12,6 +12,20 @@ namespace effc::cuda {
 
 constexpr Position kBlockUnit = 64;
 
+// What E4M3 tensors stand for, and what they become. One number for a whole tensor: it times that scale is meant.
+struct EightBit {
+  float query_scale;
+  float key_scale;
+  float value_scale;
+  Number output;  // kHalf or kBFloat16
+};
+
+// The queries that one block of threads works on. What is computed is the same up to rounding.
+enum class Tiling : int32_t {
+  kByLength,  // 64 of a head, or up to 16 of a group of heads where those are all
+  kSmall,     // 16: more blocks of threads, which read the same keys more often
+};
+
 // The queries are the last q_len of the kv_len positions. A row that sees no key gives zeros.
 struct SparseAttention : AttentionTensors {
   const uint8_t* marks;         // [batch, kv_len] with 0 for false, or null: no token is marked
@@ -28,12 +42,17 @@ struct SparseAttention : AttentionTensors {
   int32_t key_block_count;  // 0 where there are no key_blocks
   Position block_size;      // of key_blocks, a multiple of kBlockUnit
   float scale;
+  EightBit eight_bit;  // of kE4M3
+  Tiling tiling;
   Pattern pattern;
 };
 
 // Null if the kernels take a problem of these sizes and this number type on a device of compute capability
 // `capability` (80, 86, 89, 90, 120), else what stands against it, as a sentence for the user. Looks at no pointer.
 const char* refusal(const SparseAttention& problem, int capability);
+
+// Whether tilings differ for a problem of these sizes and this number type. Looks at no pointer.
+bool has_tilings(const SparseAttention& problem);
 
 // Bytes of device memory that `launch` needs besides the tensors; 0 where none. Never shrinks as batch, q_len or kv_len
 // grow, so that the sizes of an optimization profile's maximum serve the whole profile. Looks at no pointer.

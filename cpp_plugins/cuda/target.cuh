@@ -8,12 +8,16 @@
 
 namespace effc::cuda {
 
-// 16-bit numbers as they lie in memory. How they are converted is each target's business.
+// 16-bit and 8-bit numbers as they lie in memory. How they are converted is each target's business.
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
+};
+// Sign, four bits of exponent, three of fraction, no infinity: up to 448.
+struct E4M3 {
+  uint8_t bits;
 };
 
 }  // namespace effc::cuda

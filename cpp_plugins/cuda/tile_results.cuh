@@ -46,6 +46,50 @@ EFFC_DEVICE void write_final(const Call& call, const QueryTile& tile, SharedTile
       [&](int r) { return static_cast<T*>(call.problem.output) + row_of(call.problem, tile, r).offset; });
 }
 
+// What the values are to be multiplied with.
+template <class T>
+EFFC_DEVICE float value_scale(const SparseAttention& problem) {
+  return sizeof(T) == 1 ? problem.eight_bit.value_scale : 1.0f;
+}
+
+// Outputs of E4M3 values are wider than the queries were, so they take no way through shared memory. Four lanes write
+// 32 neighbouring bytes, all that memory moves at a time.
+template <class Output, class Shape>
+EFFC_DEVICE void write_wider(const Call& call, const QueryTile& tile, WarpTile<E4M3, Shape>& warp) {
+  struct alignas(8) FourNumbers {
+    uint32_t words[2];
+  };
+  EFFC_UNROLL
+  for (int block = 0; block < Shape::kRowBlocks; ++block) {
+    EFFC_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int r = warp.row(block, half);
+      if (r >= tile.query_count * tile.head_count) continue;
+      const float factor = output_factor(warp.statistics[block][half]) * value_scale<E4M3>(call.problem);
+      Output* to = static_cast<Output*>(call.problem.output) + row_of(call.problem, tile, r).offset;
+      EFFC_UNROLL
+      for (int chunk = 0; chunk < Shape::kHeadDim / 16; ++chunk) {
+        const float* even = warp.outputs[block].at[2 * chunk] + 2 * half;
+        const float* odd = warp.outputs[block].at[2 * chunk + 1] + 2 * half;
+        const int d = 16 * chunk + warp.lane % 4 * 4;
+        if (d >= call.problem.head_dim) continue;
+        *reinterpret_cast<FourNumbers*>(to + d) = {pack<Output>(even[0] * factor, odd[0] * factor),
+                                                   pack<Output>(even[1] * factor, odd[1] * factor)};
+      }
+    }
+  }
+}
+
+template <class Shape>
+EFFC_DEVICE void write_final(const Call& call, const QueryTile& tile, SharedTiles<E4M3, Shape>&,
+                             WarpTile<E4M3, Shape>& warp) {
+  if (call.problem.eight_bit.output == Number::kHalf) {
+    write_wider<Half>(call, tile, warp);
+  } else {
+    write_wider<BFloat16>(call, tile, warp);
+  }
+}
+
 // The outputs of one split, in fp32 for the merge.
 template <class T, class Shape>
 EFFC_DEVICE void write_partial(const Call& call, const QueryTile& tile, WarpTile<T, Shape>& warp) {
@@ -55,11 +99,11 @@ EFFC_DEVICE void write_partial(const Call& call, const QueryTile& tile, WarpTile
     for (int half = 0; half < 2; ++half) {
       const int r = warp.row(block, half);
       if (r >= tile.query_count * tile.head_count) continue;
-      const float factor = output_factor(warp.statistics[block][half]);
+      const float factor = output_factor(warp.statistics[block][half]) * value_scale<T>(call.problem);
       float* to = partial_output_of(call, tile) + row_of(call.problem, tile, r).offset;
       EFFC_UNROLL
       for (int n = 0; n < 2 * WarpTile<T, Shape>::kDimBlocks; ++n) {
-        const int d = column_of(n, warp.lane);
+        const int d = WarpTile<T, Shape>::dim_of(n, warp.lane);
         if (d < call.problem.head_dim) to[d] = warp.outputs[block].of(half, n) * factor;
       }
     }

@@ -27,7 +27,8 @@ struct TileShape {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   static constexpr bool kWouldSpill = head_dim == 64;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  static constexpr bool kWouldSpill = head_dim == 80 || head_dim == 96;
+  static constexpr bool kWouldSpill =
+      head_dim == 80 || head_dim == 96 || (head_dim == 128 && blocks_per_multiprocessor == 2);
 #else
   static constexpr bool kWouldSpill = false;
 #endif
@@ -49,6 +50,10 @@ constexpr int keys_for(int head_dim) {
 // Long inputs. Five warps and 128 registers let three blocks fill a multiprocessor's four schedulers.
 template <int head_dim>
 using UsualShape = TileShape<head_dim, 4, 1, keys_for(head_dim), 2, head_dim <= 128 ? 3 : 1>;
+
+// The same for E4M3, whose tiles take half the memory and, from heads of 96 on, more registers than three blocks leave.
+template <int head_dim>
+using UsualE4M3Shape = TileShape<head_dim, 4, 1, keys_for(head_dim), 2, head_dim <= 64 ? 3 : (head_dim <= 128 ? 2 : 1)>;
 
 // Decode steps: up to 16 queries of a group of heads. One warp that computes, so that keys can be split finely.
 template <int head_dim>

@@ -8,12 +8,16 @@
 
 namespace effc::cuda {
 
+// Weights of the type go up to 2^headroom.
+template <class T>
+constexpr float kHeadroom = 0.0f;
+
 // What a warp holds in registers.
 template <class T, class Shape>
 struct WarpTile {
-  static constexpr int kSteps = Shape::kHeadDim / 16;     // products along the head
-  static constexpr int kKeyBlocks = Shape::kKeys / 8;     // columns of scores
-  static constexpr int kDimBlocks = Shape::kHeadDim / 8;  // columns of outputs
+  static constexpr int kSteps = Shape::kHeadDim * static_cast<int>(sizeof(T)) / 32;  // products along the head
+  static constexpr int kKeyBlocks = Shape::kKeys / 8;                                // columns of scores
+  static constexpr int kDimBlocks = Shape::kHeadDim / 8;                             // columns of outputs
   static constexpr int kKeptSteps = Shape::kQueriesInRegisters ? kSteps : 1;
 
   int lane;
@@ -23,6 +27,12 @@ struct WarpTile {
   RowSums<kDimBlocks> outputs[Shape::kRowBlocks];
   RowStatistics statistics[Shape::kRowBlocks][2];
   int query[Shape::kRowBlocks][2];  // of the tile
+
+  // The place in the head of the outputs' number `n`.
+  EFFC_MEMBER static int dim_of(int n, int lane) {
+    if constexpr (sizeof(T) == 1) return n / 4 * 16 + lane % 4 * 4 + n % 2 * 2 + n / 2 % 2;
+    return column_of(n, lane);
+  }
 
   // Row of the tile that belongs to half `half` of row block `block`.
   EFFC_MEMBER int row(int block, int half) const { return first_row + block * 16 + half * 8 + lane / 4; }
@@ -44,11 +54,12 @@ EFFC_DEVICE void begin_warp_tile(const QueryTile& tile, WarpTile<T, Shape>& warp
   }
 }
 
-// Queries [16][16] of row block `block`, at step `step` along the head. `rows` are all queries, in shared memory.
+// Queries [16][16], or E4M3 [16][32], of row block `block`, at step `step` along the head. `rows` are all queries, in
+// shared memory.
 template <class T, class Shape>
 EFFC_DEVICE void load_queries(const T* rows, const WarpTile<T, Shape>& warp, int block, int step,
                               uint32_t (&queries)[4]) {
-  using Rows = SwizzledRows<Shape::kHeadDim>;
+  using Rows = RowsOf<T, Shape>;
   const auto places = Rows::places(warp.first_row + warp.lane % 16, warp.lane / 16);
   load_matrices(queries, rows + places.at(16 * block, step));
 }
@@ -67,7 +78,7 @@ EFFC_DEVICE void load_all_queries(const T* rows, WarpTile<T, Shape>& warp) {
 // scores = queries * keys^T
 template <class T, class Shape>
 EFFC_DEVICE void multiply_keys(const T* rows, const T* keys, WarpTile<T, Shape>& warp) {
-  using Rows = SwizzledRows<Shape::kHeadDim>;
+  using Rows = RowsOf<T, Shape>;
   using Warp = WarpTile<T, Shape>;
   // Of 16 keys, matrices 0 and 1 are the two halves of a step for the first eight, 2 and 3 for the others.
   const auto places = Rows::places(warp.lane / 16 * 8 + warp.lane % 8, warp.lane / 8 % 2);
@@ -143,7 +154,8 @@ EFFC_DEVICE void do_softmax(float factor, WarpTile<T, Shape>& warp) {
   for (int block = 0; block < Shape::kRowBlocks; ++block) {
     EFFC_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const float kept = turn_into_weights(warp.scores[block], half, factor, warp.statistics[block][half]);
+      const float kept =
+          turn_into_weights(warp.scores[block], half, factor, warp.statistics[block][half], kHeadroom<T>);
       EFFC_UNROLL
       for (int n = 0; n < 2 * WarpTile<T, Shape>::kDimBlocks; ++n) warp.outputs[block].of(half, n) *= kept;
     }

@@ -33,7 +33,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
   // IPluginV3OneBuild
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return attributes_.present_state != 0 ? 3 : 1; }
   int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count, const nvinfer1::DataType* inputs,
                              int32_t input_count) const noexcept override;
   int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*, int32_t,
@@ -46,8 +46,12 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
                           const nvinfer1::DynamicPluginTensorDesc* outputs,
                           int32_t output_count) const noexcept override;
+  // The tilings of the kernels, see cuda/sparse_attention.hpp; TensorRT times each and keeps one.
+  int32_t getNbTactics() noexcept override { return tactic_count_; }
+  int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override;
 
   // IPluginV3OneRuntime
+  int32_t setTactic(int32_t tactic) noexcept override;
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
                         const nvinfer1::PluginTensorDesc* outputs, int32_t output_count) noexcept override;
   int32_t enqueue(const nvinfer1::PluginTensorDesc* input_descriptions,
@@ -61,6 +65,8 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
 
   std::string layer_;
   Attributes attributes_;
+  cuda::Tiling tiling_ = cuda::Tiling::kByLength;
+  int32_t tactic_count_ = 0;  // of the shapes and types that it was configured for; 0 where there is no choice
   std::array<nvinfer1::PluginField, kFieldCount> fields_{};
   nvinfer1::PluginFieldCollection collection_{};
 };

@@ -1,5 +1,6 @@
 #include "tensorrt/attributes.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <sstream>
@@ -51,10 +52,11 @@ std::string place_inputs(Attributes& attributes) {
   std::stringstream names(attributes.inputs);
   int32_t last = -1;
   for (std::string name; std::getline(names, name, ',');) {
-    const int32_t known = attributes.op == Operator::kLinearAttention ? kLinearOptionalCount : kOptionalCount;
     int32_t which = 0;
-    while (which < known && name != kOptionalNames[which]) ++which;
-    if (which == known) return "it knows no input '" + name + "'.";
+    while (which < kOptionalCount && name != kOptionalNames[which]) ++which;
+    if (which == kOptionalCount || !has_input(attributes.op, static_cast<Optional>(which))) {
+      return "it knows no input '" + name + "'.";
+    }
     if (which <= last) return "its inputs '" + attributes.inputs + "' are not in the operator's order.";
     attributes.places[which] = attributes.input_count++;
     last = which;
@@ -76,6 +78,34 @@ std::string read_form(Attributes& attributes) {
   return "";
 }
 
+// What inputs and outputs ask of the attributes.
+std::string check_tensors(const Attributes& attributes) {
+  const auto has = [&](Optional which) { return attributes.places[which] != kAbsent; };
+  if (has(kKeyBlocks) != (attributes.block_size > 0)) {
+    return "key_blocks and block_size, the number of keys of a block, come together.";
+  }
+  if (has(kPastState) != has(kPastNormaliser)) return "past_state and past_normaliser come together.";
+  if (attributes.present_state == 0 && !has(kPastState)) return "";
+  if (attributes.op != Operator::kLinearAttention || attributes.causal == 0) {
+    return "only causal linear attention has a state.";
+  }
+  return "";
+}
+
+// What FP8 queries, keys and values ask of the attributes.
+std::string check_eight_bit(const Attributes& attributes) {
+  const auto given = {attributes.query_scale, attributes.key_scale, attributes.value_scale};
+  const auto is_zero = [](float scale) { return scale == 0; };
+  if (attributes.output_type == 0 && std::all_of(given.begin(), given.end(), is_zero)) return "";
+  if (attributes.op == Operator::kLinearAttention) return "linear attention takes no FP8.";
+  if (attributes.output_type != kOnnxFp16 && attributes.output_type != kOnnxBf16) {
+    return "its output_type must be that of FP16 or BF16, which FP8 attention gives.";
+  }
+  const auto is_scale = [](float scale) { return scale > 0 && std::isfinite(scale); };
+  if (std::all_of(given.begin(), given.end(), is_scale)) return "";
+  return "its query_scale, key_scale and value_scale must be positive numbers.";
+}
+
 std::string check(Attributes& attributes) {
   const std::string problem = read_form(attributes);
   if (!problem.empty()) return problem;
@@ -84,13 +114,22 @@ std::string check(Attributes& attributes) {
            " key/value heads; the first must be a multiple of the second.";
   }
   if (!std::isfinite(attributes.scale)) return "its scale is not finite.";
-  return place_inputs(attributes);
+  const std::string misplaced = place_inputs(attributes);
+  if (!misplaced.empty()) return misplaced;
+  const std::string unfit = check_eight_bit(attributes);
+  return unfit.empty() ? check_tensors(attributes) : unfit;
 }
 
 }  // namespace
 
 const char* name_of(Operator op) {
   return op == Operator::kLinearAttention ? "LinearAttention" : "SparseAttention";
+}
+
+bool has_input(Operator op, Optional which) {
+  if (which == kKeyMask) return true;
+  const bool linear = which == kPastState || which == kPastNormaliser;
+  return linear == (op == Operator::kLinearAttention);
 }
 
 std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attributes& attributes) {
@@ -110,6 +149,18 @@ std::string read_attributes(const nvinfer1::PluginFieldCollection& fields, Attri
       fits = read(field, attributes.kv_num_heads);
     else if (name == "scale")
       fits = read(field, attributes.scale);
+    else if (name == "block_size")
+      fits = read(field, attributes.block_size);
+    else if (name == "present_state")
+      fits = read(field, attributes.present_state);
+    else if (name == "query_scale")
+      fits = read(field, attributes.query_scale);
+    else if (name == "key_scale")
+      fits = read(field, attributes.key_scale);
+    else if (name == "value_scale")
+      fits = read(field, attributes.value_scale);
+    else if (name == "output_type")
+      fits = read(field, attributes.output_type);
     if (!fits) return "its attribute '" + name + "' has another type than it should.";
   }
   return check(attributes);
@@ -121,7 +172,13 @@ std::array<PluginField, kFieldCount> field_names() {
           PluginField("causal", nullptr, PluginFieldType::kINT32, 1),
           PluginField("num_heads", nullptr, PluginFieldType::kINT32, 1),
           PluginField("kv_num_heads", nullptr, PluginFieldType::kINT32, 1),
-          PluginField("scale", nullptr, PluginFieldType::kFLOAT32, 1)};
+          PluginField("scale", nullptr, PluginFieldType::kFLOAT32, 1),
+          PluginField("block_size", nullptr, PluginFieldType::kINT32, 1),
+          PluginField("present_state", nullptr, PluginFieldType::kINT32, 1),
+          PluginField("query_scale", nullptr, PluginFieldType::kFLOAT32, 1),
+          PluginField("key_scale", nullptr, PluginFieldType::kFLOAT32, 1),
+          PluginField("value_scale", nullptr, PluginFieldType::kFLOAT32, 1),
+          PluginField("output_type", nullptr, PluginFieldType::kINT32, 1)};
 }
 
 std::array<PluginField, kFieldCount> fields_of(const Attributes& attributes) {
@@ -134,6 +191,12 @@ std::array<PluginField, kFieldCount> fields_of(const Attributes& attributes) {
   fields[3].data = &attributes.num_heads;
   fields[4].data = &attributes.kv_num_heads;
   fields[5].data = &attributes.scale;
+  fields[6].data = &attributes.block_size;
+  fields[7].data = &attributes.present_state;
+  fields[8].data = &attributes.query_scale;
+  fields[9].data = &attributes.key_scale;
+  fields[10].data = &attributes.value_scale;
+  fields[11].data = &attributes.output_type;
   return fields;
 }
 

@@ -42,6 +42,8 @@ std::string name_of(const Attributes& attributes, int32_t position) {
   for (int32_t which = 0; which < kOptionalCount; ++which) {
     if (attributes.places[which] == position) return kOptionalNames[which];
   }
+  if (position == attributes.input_count + 1) return "present_state";
+  if (position == attributes.input_count + 2) return "present_normaliser";
   return "output";
 }
 
@@ -51,6 +53,19 @@ std::string text_of(const Dims& shape) {
     text += (axis > 0 ? ", " : "") + std::to_string(shape.d[axis]);
   }
   return text + "]";
+}
+
+cuda::Number number_of(DataType type) {
+  switch (type) {
+    case DataType::kHALF:
+      return cuda::Number::kHalf;
+    case DataType::kBF16:
+      return cuda::Number::kBFloat16;
+    case DataType::kFP8:
+      return cuda::Number::kE4M3;
+    default:
+      return cuda::Number::kFloat;
+  }
 }
 
 constexpr int64_t kAny = -1;
@@ -90,10 +105,34 @@ std::string check_optional(const Attributes& attributes, const Dims* shapes, Sha
   if (const Dims* shape = shape_of(kDistanceSlope); shape != nullptr && !is(*shape, {problem.num_heads})) {
     return wrong("distance_slope", *shape, "[num_heads]");
   }
+  if (const Dims* shape = shape_of(kKeyBlocks)) {
+    const int64_t size = attributes.block_size;
+    const bool actual = meaning == Shapes::kActual;
+    const int64_t lists = (problem.kv_len - 1) / size - (problem.kv_len - problem.q_len) / size + 1;
+    if (!is(*shape, {actual ? problem.batch : kAny, problem.kv_num_heads, actual ? lists : kAny, kAny})) {
+      return wrong("key_blocks", *shape, "[batch, kv_num_heads, blocks of queries, count]");
+    }
+    problem.key_block_count = static_cast<int32_t>(shape->d[3]);
+    problem.block_size = static_cast<Position>(size);
+  }
+  const int64_t batch = meaning == Shapes::kActual ? problem.batch : kAny, dim = problem.head_dim;
+  if (const Dims* shape = shape_of(kPastState);
+      shape != nullptr && !is(*shape, {batch, problem.kv_num_heads, dim, dim})) {
+    return wrong("past_state", *shape, "[batch, kv_num_heads, head_dim, head_dim]");
+  }
+  if (const Dims* shape = shape_of(kPastNormaliser);
+      shape != nullptr && !is(*shape, {batch, problem.kv_num_heads, dim})) {
+    return wrong("past_normaliser", *shape, "[batch, kv_num_heads, head_dim]");
+  }
   return "";
 }
 
 }  // namespace
+
+DataType output_type(const Attributes& attributes, DataType number) {
+  if (number != DataType::kFP8) return number;
+  return attributes.output_type == kOnnxBf16 ? DataType::kBF16 : DataType::kHALF;
+}
 
 std::string check_tensor(const Attributes& attributes, int32_t position, const nvinfer1::PluginTensorDesc& tensor,
                          DataType number) {
@@ -103,12 +142,22 @@ std::string check_tensor(const Attributes& attributes, int32_t position, const n
   if (place_is(kKeyMask) || place_is(kMarks)) {
     fits = tensor.type == DataType::kBOOL;
     expected = "BOOL";
-  } else if (place_is(kDistanceBias) || place_is(kDistanceSlope)) {
+  } else if (place_is(kKeyBlocks)) {
+    fits = tensor.type == DataType::kINT32;
+    expected = "INT32";
+  } else if (place_is(kDistanceBias) || place_is(kDistanceSlope) || place_is(kPastState) || place_is(kPastNormaliser) ||
+             position > attributes.input_count) {
     fits = tensor.type == DataType::kFLOAT;
     expected = "FP32";
+  } else if (position == 0 && attributes.output_type != 0) {
+    fits = number == DataType::kFP8;
+    expected = "FP8, whose scales it has";
   } else if (position == 0) {
     fits = number == DataType::kFLOAT || number == DataType::kHALF || number == DataType::kBF16;
-    expected = "FP32, FP16 or BF16";
+    expected = "FP32, FP16 or BF16, or FP8 with query_scale and so on";
+  } else if (position == attributes.input_count) {
+    fits = tensor.type == output_type(attributes, number);
+    expected = name_of(output_type(attributes, number));
   } else {
     fits = tensor.type == number;
     expected = name_of(number) + " as the query is";
@@ -139,9 +188,9 @@ std::string read_problem(const Attributes& attributes, const Dims* shapes, Shape
   problem.kv_len = key.d[1];
   if (!is(value, {batch, actual ? problem.kv_len : kAny, width})) return wrong("value", value, "of the key's shape");
   problem.scale = attributes.scale != 0 ? attributes.scale : 1.0f / std::sqrt(static_cast<float>(problem.head_dim));
-  problem.number = number == DataType::kHALF   ? cuda::Number::kHalf
-                   : number == DataType::kBF16 ? cuda::Number::kBFloat16
-                                               : cuda::Number::kFloat;
+  problem.number = number_of(number);
+  problem.eight_bit = {attributes.query_scale, attributes.key_scale, attributes.value_scale,
+                       number_of(output_type(attributes, number))};
   problem.pattern = attributes.parsed;
   return check_optional(attributes, shapes, meaning, problem);
 }
@@ -180,10 +229,15 @@ size_t workspace_bytes(const Attributes& attributes, const cuda::SparseAttention
                                                      : cuda::workspace_bytes(problem);
 }
 
-int launch(const Attributes& attributes, const cuda::SparseAttention& problem, void* workspace, cudaStream_t stream) {
-  return attributes.op == Operator::kLinearAttention
-             ? cuda::launch(linear_problem(attributes, problem), workspace, stream)
-             : cuda::launch(problem, workspace, stream);
+int launch(const Attributes& attributes, const cuda::SparseAttention& problem, const States& states, void* workspace,
+           cudaStream_t stream) {
+  if (attributes.op == Operator::kSparseAttention) return cuda::launch(problem, workspace, stream);
+  cuda::LinearAttention linear = linear_problem(attributes, problem);
+  linear.past_state = states.past_state;
+  linear.past_normaliser = states.past_normaliser;
+  linear.present_state = states.present_state;
+  linear.present_normaliser = states.present_normaliser;
+  return cuda::launch(linear, workspace, stream);
 }
 
 }  // namespace effc::trt

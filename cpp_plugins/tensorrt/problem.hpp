@@ -8,6 +8,9 @@
 
 namespace effc::trt {
 
+// The type of the output, the query's unless that is FP8.
+nvinfer1::DataType output_type(const Attributes& attributes, nvinfer1::DataType number);
+
 // Whether the kernels take an input or output of this place, type and layout, and "" or why not.
 std::string check_tensor(const Attributes& attributes, int32_t position, const nvinfer1::PluginTensorDesc& tensor,
                          nvinfer1::DataType number);
@@ -29,6 +32,15 @@ cuda::LinearAttention linear_problem(const Attributes& attributes, const cuda::S
 std::string refused(const Attributes& attributes, const cuda::SparseAttention& problem);
 
 size_t workspace_bytes(const Attributes& attributes, const cuda::SparseAttention& problem);
-int launch(const Attributes& attributes, const cuda::SparseAttention& problem, void* workspace, cudaStream_t stream);
+
+// What a node of LinearAttention goes on from and hands out; null where it does not.
+struct States {
+  const float* past_state = nullptr;
+  const float* past_normaliser = nullptr;
+  float* present_state = nullptr;
+  float* present_normaliser = nullptr;
+};
+int launch(const Attributes& attributes, const cuda::SparseAttention& problem, const States& states, void* workspace,
+           cudaStream_t stream);
 
 }  // namespace effc::trt

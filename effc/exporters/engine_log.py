@@ -146,7 +146,9 @@ def serve(
     low = Counter(
         layer.precision
         for layer in layers
-        if layer.kind not in _AROUND and not layer.is_attention and layer.precision in _LOW.values()
+        if layer.kind not in _AROUND
+        and not (layer.is_attention or layer.is_plugin)
+        and layer.precision in _LOW.values()
     )
     return Served(
         {name: _attention_kernel(by_node.get(name, ()), (plugins or {}).get(name)) for name in attention},
@@ -169,7 +171,8 @@ def _product(candidates: Iterable[EngineLayer]) -> str:
 def _attention_kernel(candidates: Sequence[EngineLayer], operator: str | None) -> str:
     for layer in candidates:
         if layer.is_plugin:
-            return PLUGIN if operator is None else f"plugin effc::{operator}"
+            reads = f", {layer.precision} inputs" if layer.precision in _LOW.values() else ""
+            return (PLUGIN if operator is None else f"plugin effc::{operator}") + reads
     for layer in candidates:
         if layer.is_attention:
             return f"TensorRT {_SUFFIX.sub('', layer.name).strip('_')}"

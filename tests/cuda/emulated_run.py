@@ -14,9 +14,14 @@ import numpy as np
 from native_cases import CallSizes
 from numpy.typing import NDArray
 
-NUMBERS: dict[str, Any] = {"float": np.float32, "half": np.float16, "bfloat16": ml_dtypes.bfloat16}
+NUMBERS: dict[str, Any] = {
+    "float": np.float32,
+    "half": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+}
 # Of the largest number of the expected output: what the plan of the kernels allows.
-TOLERANCE = {"float": 1e-5, "half": 1e-3, "bfloat16": 1e-2}
+TOLERANCE = {"float": 1e-5, "half": 1e-3, "bfloat16": 1e-2, "e4m3": 0.05}
 
 
 class Refused(Exception):
@@ -40,12 +45,15 @@ def run_problem(
     feeds: Mapping[str, NDArray[Any]],
     others: Iterable[NDArray[Any]],
     options: Sequence[str],
+    output_number: str | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, int]]:
     """Output ``[batch, q_len, num_heads * head_dim]``, the fp32 numbers behind it, and the emulator's counters.
 
     ``fields`` are those of the form; ``others`` the tensors that its program reads behind query, key and value.
+    The output has ``number`` too, unless there is an ``output_number``.
     """
     kind = np.dtype(NUMBERS[number])
+    output_kind = np.dtype(NUMBERS[output_number or number])
     fields = {
         **{name: getattr(sizes, name) for name in ("batch", "q_len", "num_heads", "head_dim")},
         "kv_len": sizes.keys,
@@ -66,7 +74,7 @@ def run_problem(
             raise Stopped(done.stderr.strip())
         data = result.read_bytes()
     shape = (sizes.batch, sizes.q_len, sizes.num_heads * sizes.head_dim)
-    output = np.frombuffer(data, kind, int(np.prod(shape)))
+    output = np.frombuffer(data, output_kind, int(np.prod(shape)))
     rest = np.frombuffer(data, np.float32, offset=output.nbytes)
     return output.astype(np.float32).reshape(shape), rest, json.loads(done.stdout)
 

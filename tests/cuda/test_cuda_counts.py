@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -74,9 +75,25 @@ def test_the_kernel_does_what_was_counted(emulated: Path, count: Path, head_dim:
     assert counters["blocks"] == counted["blocks"]
 
 
+@pytest.mark.parametrize("head_dim", [size for size in HEAD_SIZES if size != 80])
+@pytest.mark.parametrize("q_len", [1, 140])
+def test_e4m3_takes_half_of_it(emulated: Path, count: Path, head_dim: int, q_len: int) -> None:
+    """As many tiles, each with half as many products, of twice as many numbers, and half the bytes."""
+    case = CudaCase("local:30|sinks:2", True, 1, q_len, 300, num_heads=2, kv_num_heads=1, head_dim=head_dim)
+    counters, counted = run(emulated, dataclasses.replace(case, number="e4m3")).counters, work(count, case)
+    assert 2 * counters["matrix_products"] == counted["matrix_products"] > 0
+    assert 2 * counters["copies"] == counted["copies"]
+    assert counters["blocks"] == counted["blocks"]
+    own, other = (shapes(count)[head_dim, name + ("few" if q_len == 1 else "usual")] for name in ("e4m3 ", ""))
+    assert (own["rows"], own["keys"]) == (other["rows"], other["keys"])
+    assert own["shared_bytes"] < 0.6 * other["shared_bytes"]
+
+
+@pytest.mark.parametrize("number", ["half", "e4m3"])
 @pytest.mark.parametrize("head_dim", HEAD_SIZES)
-def test_no_bank_conflicts(emulated: Path, head_dim: int) -> None:
-    counters = run(emulated, CudaCase("local:20", q_len=80, num_heads=1, head_dim=head_dim)).counters
+def test_no_bank_conflicts(emulated: Path, head_dim: int, number: str) -> None:
+    case = CudaCase("local:20", q_len=80, num_heads=1, head_dim=head_dim, number=number)
+    counters = run(emulated, case).counters
     assert counters["matrix_load_passes"] == counters["matrix_loads"] > 0
 
 

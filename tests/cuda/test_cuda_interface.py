@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cuda_cases import CudaCase, reference
 from emulated_build import INTERFACE
+from emulated_run import NUMBERS, check_close
 from linear_cases import LinearCase, expected
 from numpy.typing import NDArray
 
@@ -19,8 +20,8 @@ WORKSPACE = 16 << 20
 @pytest.fixture(scope="module")
 def library(emulated_directory: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(emulated_directory / INTERFACE))
-    for function in (found.effc_cuda_sparse_attention, found.effc_cuda_linear_attention):
-        function.restype = ctypes.c_char_p
+    for name in ("sparse_attention", "sparse_attention_e4m3", "linear_attention"):
+        getattr(found, f"effc_cuda_{name}").restype = ctypes.c_char_p
     return found
 
 
@@ -66,6 +67,29 @@ def test_sparse_attention(library: ctypes.CDLL) -> None:
     assert np.abs(output.astype(np.float64) - wanted).max() <= 1e-3 * np.abs(wanted).max()
     assert call(3, WORKSPACE) == b"num_heads must be a multiple of kv_num_heads, and both at least 1."
     assert call(4, 16) == b"the workspace is too small."
+
+
+def test_sparse_attention_in_fp8(library: ctypes.CDLL) -> None:
+    case = CudaCase("local:20|sinks:2", True, 2, 70, 131, 4, 2, head_dim=64, number="e4m3")
+    given = case.given(case.inputs())
+    query, key, value = (aligned(given[name].astype(NUMBERS["e4m3"])) for name in ("query", "key", "value"))
+    output, workspace = aligned(np.zeros(query.shape, np.float16)), aligned(WORKSPACE)
+
+    def call(number: int) -> bytes | None:
+        said: bytes | None = library.effc_cuda_sparse_attention_e4m3(
+            *pointers(query, key, value, output, workspace),
+            *sizes(WORKSPACE, 2, 70, 131, 4, 2, 64),
+            *map(ctypes.c_float, (case.used_scale, *case.scales)),
+            number,
+            case.pattern.encode(),
+            1,
+            None,
+        )
+        return said
+
+    assert call(HALF) is None
+    check_close(output.astype(np.float64), reference(case)[0], "e4m3", case)
+    assert call(0) == b"FP8 attention gives fp16 or bf16."
 
 
 def test_linear_attention(library: ctypes.CDLL) -> None:

@@ -28,6 +28,10 @@ CASES = [
     CudaCase("block:16", q_len=70, num_heads=1, head_dim=256),
     CudaCase("dense", q_len=70, num_heads=1, head_dim=40),
     CudaCase("local:20|global:2", True, 2, 20, 131, 2, 1, key_mask=MASK, number="float"),
+    CudaCase("dilated:5:9|sinks:3", True, 2, 70, 131, 4, 2, 80, key_mask=MASK, bias_reach=9, number="e4m3"),
+    CudaCase("local:9|global:sep", False, 2, 131, None, 1, None, 64, marks=MARKS, number="e4m3", output="bfloat16"),
+    CudaCase("strided:9", True, 1, 1, 500, 8, 2, 128, number="e4m3"),
+    CudaCase("block:16", False, 1, 70, None, 1, None, 256, number="e4m3"),
 ]
 LEFT_PADDED = np.arange(270)[None] >= 90
 # Every kernel of linear attention: the sums of keys, their segments, the reading of both, for each head size and for

@@ -23,6 +23,8 @@ MOST_REGISTERS = {
     (120, 96): 208,
     **{(architecture, 256): 255 for architecture in SHARED_BYTES},
 }
+# Of E4M3 kernels for long inputs, by head size: registers, and blocks per multiprocessor.
+MOST_E4M3_REGISTERS = {32: (128, 3), 64: (128, 2), 96: (160, 2), 128: (188, 2), 256: (232, 1)}
 
 
 def needs_tools() -> None:
@@ -71,6 +73,37 @@ def test_tensor_core_kernels(architecture: int, head_dim: int) -> None:
         check_tile_kernel(kernel, row_blocks * (keys // 8) * (head_dim // 16) * 2, usual if warps > 1 else 1)
         if warps > 1:
             assert kernel.registers <= MOST_REGISTERS.get((architecture, head_dim), 128), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", cuda_build.E4M3_ARCHITECTURES)
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_e4m3_kernels(architecture: int, size: str) -> None:
+    needs_tools()
+    kernels = cuda_build.kernels_of(f"attention_e4m3_{size}.cu", architecture)
+    head_sizes = [head_dim for head_dim, source in cuda_build.E4M3_SOURCES.items() if source == size]
+    assert {(kernel.number, kernel.tile) for kernel in kernels} == {
+        ("E4M3", (head_dim, f"e4m3 {variant}")) for head_dim in head_sizes for variant in ("usual", "few")
+    }
+    for kernel in kernels:
+        assert kernel.shape is not None
+        head_dim, warps, row_blocks, keys, _, _ = kernel.shape
+        products = row_blocks * (keys // 8) * (head_dim // 32) * 2
+        # Tensor cores of sm_90 know E4M3 only in instructions of another kind: nvcc makes two fp16 products of one.
+        products *= 2 if architecture == 90 else 1
+        alone = warps == 1 or (architecture, head_dim) == (120, 128)
+        check_tile_kernel(kernel, products, 1 if alone else MOST_E4M3_REGISTERS[head_dim][1])
+        if warps > 1:
+            limit = {(90, 64): 168, (90, 256): 255}.get((architecture, head_dim), MOST_E4M3_REGISTERS[head_dim][0])
+            assert kernel.registers <= limit, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", set(cuda_build.ARCHITECTURES) - set(cuda_build.E4M3_ARCHITECTURES))
+def test_architectures_without_e4m3_have_empty_kernels(architecture: int) -> None:
+    needs_tools()
+    for kernel in cuda_build.kernels_of("attention_e4m3_small.cu", architecture):
+        assert kernel.tensor_core == 0 and kernel.instructions < 64, kernel
 
 
 @pytest.mark.slow

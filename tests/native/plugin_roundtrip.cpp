@@ -1,5 +1,5 @@
 // Makes a plugin, makes another one from the fields that the first would put into a plan, and compares what both say.
-// Prints the fields; fails if they differ.
+// Prints the fields; fails if they differ. Arguments: the library, and "sparse" or "linear".
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -45,11 +45,13 @@ int main(int, char** arguments) {
   using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
   int32_t count = 0;
   auto* creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(count);
-  auto* creator = static_cast<IPluginCreatorV3One*>(creators[0]);
+  const bool linear = std::strcmp(arguments[2], "linear") == 0;
+  auto* creator = static_cast<IPluginCreatorV3One*>(creators[linear ? 1 : 0]);
 
   // 64-bit integers, as some parsers hand them over.
-  const std::string pattern = "global:4|local:16", inputs = "marks,distance_slope";
-  const int64_t causal = 1, heads = 6, kv_heads = 2;
+  const std::string pattern = linear ? "linear:relu" : "global:4|local:16";
+  const std::string inputs = linear ? "past_state,past_normaliser" : "marks,distance_slope,key_blocks";
+  const int64_t causal = 1, heads = 6, kv_heads = 2, block_size = linear ? 0 : 128, present_state = linear ? 1 : 0;
   const float scale = 0.125f;
   std::vector<PluginField> fields = {
       {"pattern", pattern.data(), PluginFieldType::kCHAR, static_cast<int32_t>(pattern.size())},
@@ -57,11 +59,23 @@ int main(int, char** arguments) {
       {"causal", &causal, PluginFieldType::kINT64, 1},
       {"num_heads", &heads, PluginFieldType::kINT64, 1},
       {"kv_num_heads", &kv_heads, PluginFieldType::kINT64, 1},
-      {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
+      {"scale", &scale, PluginFieldType::kFLOAT32, 1},
+      {"block_size", &block_size, PluginFieldType::kINT64, 1},
+      {"present_state", &present_state, PluginFieldType::kINT64, 1}};
+  const float query_scale = 0.5f, key_scale = 0.25f, value_scale = 2.0f;
+  const int64_t output_type = 16;
+  if (!linear) {
+    fields.push_back({"query_scale", &query_scale, PluginFieldType::kFLOAT32, 1});
+    fields.push_back({"key_scale", &key_scale, PluginFieldType::kFLOAT32, 1});
+    fields.push_back({"value_scale", &value_scale, PluginFieldType::kFLOAT32, 1});
+    fields.push_back({"output_type", &output_type, PluginFieldType::kINT64, 1});
+  }
   const PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
   IPluginV3* first = creator->createPlugin("layer", &given, TensorRTPhase::kBUILD);
   if (first == nullptr) return 3;
   IPluginV3* copy = first->clone();
+  auto* build = static_cast<IPluginV3OneBuild*>(first->getCapabilityInterface(PluginCapabilityType::kBUILD));
+  if (build->getNbOutputs() != (linear ? 3 : 1)) return 6;
   const std::string before = text_of(*kept(first));
   if (text_of(*kept(copy)) != before) return 4;
   IPluginV3* second = creator->createPlugin("layer", kept(first), TensorRTPhase::kRUNTIME);

@@ -27,6 +27,7 @@ struct Options {
   // memory's end itself, against reads too.
   size_t guard_bytes = 256;
   int multiprocessors = 1;
+  int compute_capability = 89;
 
   // Mistakes to plant, for the tests that prove that the emulator would notice.
   bool forget_barriers = false;
@@ -36,7 +37,7 @@ struct Options {
 
 // What has been done since the program began.
 struct Counters {
-  uint64_t matrix_products;     // m16n8k16, by a warp
+  uint64_t matrix_products;     // m16n8k16, or m16n8k32 of E4M3, by a warp
   uint64_t matrix_loads;        // of 8 x 8 numbers
   uint64_t matrix_load_passes;  // through the memory banks; as many as loads if none collide
   uint64_t copies;              // of 16 bytes from global to shared memory

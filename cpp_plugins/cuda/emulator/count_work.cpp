@@ -26,19 +26,23 @@ void print_linear_shape(const char* variant, int head_dim, int keys, int threads
       variant, head_dim, kLinearRows, keys, threads, shared_bytes);
 }
 
-template <class Shape>
+template <class T, class Shape>
 void print_shape(const char* variant) {
   std::printf(
       "{\"variant\": \"%s\", \"head_dim\": %d, \"rows\": %d, \"keys\": %d, \"slots\": %d, \"threads\": %d, "
       "\"shared_bytes\": %zu, \"blocks\": %d}\n",
       variant, Shape::kHeadDim, Shape::kRows, Shape::kKeys, Shape::kSlots, Shape::kThreads,
-      sizeof(SharedTiles<Half, Shape>), Shape::kBlocksPerMultiprocessor);
+      sizeof(SharedTiles<T, Shape>), Shape::kBlocksPerMultiprocessor);
 }
 
 template <int head_dim>
 void print_shapes() {
-  print_shape<UsualShape<head_dim>>("usual");
-  print_shape<FewShape<head_dim>>("few");
+  print_shape<Half, UsualShape<head_dim>>("usual");
+  print_shape<Half, FewShape<head_dim>>("few");
+  if constexpr (head_dim % 32 == 0) {
+    print_shape<E4M3, UsualE4M3Shape<head_dim>>("e4m3 usual");
+    print_shape<E4M3, FewShape<head_dim>>("e4m3 few");
+  }
   using Linear = LinearShape<head_dim>;
   print_linear_shape("linear", head_dim, Linear::kKeys, Linear::kThreads, sizeof(SharedLinear<Half, Linear>));
 }

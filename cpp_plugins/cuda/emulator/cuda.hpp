@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cuda/emulator/e4m3.hpp"
 #include "cuda/emulator/warp_work.hpp"
 
 #define EFFC_DEVICE static inline
@@ -47,6 +48,16 @@ T __shfl_xor_sync(uint32_t lanes, T number, int distance) {
 
 static inline int __ffs(int bits) {
   return __builtin_ffs(bits);
+}
+
+static inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t wanted = selector >> 4 * n & 7;
+    result |= static_cast<uint32_t>(bytes >> 8 * wanted & 0xff) << 8 * n;
+  }
+  return result;
 }
 
 static inline uint32_t __ballot_sync(uint32_t lanes, bool yes) {
@@ -99,6 +110,12 @@ inline BFloat16 from_float<BFloat16>(float number) {
 template <class T>
 inline uint32_t pack(float first, float second) {
   return from_float<T>(first).bits | uint32_t{from_float<T>(second).bits} << 16;
+}
+
+static inline uint32_t pack_e4m3(float first, float second, float third, float fourth) {
+  using emulator::e4m3_of_float;
+  return e4m3_of_float(first) | uint32_t{e4m3_of_float(second)} << 8 | uint32_t{e4m3_of_float(third)} << 16 |
+         uint32_t{e4m3_of_float(fourth)} << 24;
 }
 
 static inline float exp2_fast(float x) {
@@ -199,6 +216,14 @@ inline void multiply_add<BFloat16>(float (&sums)[4], const uint32_t (&a)[4], uin
   emulator::ProductOperands operands{sums, a, b0, b1};
   emulator::meet_warp(emulator::multiply_matrices<emulator::ProductOf::kBFloat16>, &operands);
 }
+template <>
+inline void multiply_add<E4M3>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::ProductOperands operands{sums, a, b0, b1};
+  emulator::meet_warp(emulator::multiply_e4m3_matrices, &operands);
+}
+
+template <class T>
+constexpr bool kMultiplies = true;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host side.
@@ -212,6 +237,10 @@ int launch_kernel(void (*kernel)(Arguments), int64_t blocks, int threads, size_t
 
 inline int multiprocessors() {
   return emulator::options.multiprocessors;
+}
+
+inline int compute_capability() {
+  return emulator::options.compute_capability;
 }
 
 }  // namespace effc::cuda

@@ -86,6 +86,8 @@ inline void read_options(int count, char** arguments) {
       options.missing_shared_bytes = static_cast<size_t>(value);
     } else if (name == "multiprocessors") {
       options.multiprocessors = value;
+    } else if (name == "capability") {
+      options.compute_capability = value;
     } else {
       refuse("there is no option " + option);
     }

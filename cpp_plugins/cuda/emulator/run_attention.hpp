@@ -28,14 +28,15 @@ inline AttentionMemory read_tensors(ProblemFile& file, AttentionTensors& tensors
     return static_cast<size_t>(tensors.batch * length * heads * tensors.head_dim) * bytes_of(tensors.number);
   };
   const size_t query_bytes = bytes(tensors.q_len, tensors.num_heads);
+  const size_t output_bytes = query_bytes / bytes_of(tensors.number) * output_bytes_of(tensors.number);
   const size_t key_bytes = bytes(tensors.kv_len, tensors.kv_num_heads);
   AttentionMemory memory{};
   memory.query = file.tensor(query_bytes);
   memory.key = file.tensor(key_bytes);
   memory.value = file.tensor(key_bytes);
   memory.key_mask = file.tensor_if_given("key_mask", static_cast<size_t>(tensors.batch * tensors.kv_len));
-  memory.output = allocate(query_bytes);
-  memory.output_bytes = query_bytes;
+  memory.output = allocate(output_bytes);
+  memory.output_bytes = output_bytes;
   tensors.query = memory.query.get();
   tensors.key = memory.key.get();
   tensors.value = memory.value.get();
@@ -53,8 +54,7 @@ struct Part {
 // Runs the problem, writes the parts to a file one behind the other and prints the emulator's counters.
 template <class Problem>
 void run(const Problem& problem, const char* result_path, std::initializer_list<Part> parts) {
-  constexpr int kOldestCapability = 80;
-  if (const char* reason = refusal(problem, kOldestCapability)) refuse(reason);
+  if (const char* reason = refusal(problem, options.compute_capability)) refuse(reason);
   const Memory workspace = allocate(workspace_bytes(problem));
   const int error = launch(problem, workspace.get(), nullptr);
   if (error != 0) refuse("launch returned " + std::to_string(error));

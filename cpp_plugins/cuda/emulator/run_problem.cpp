@@ -22,6 +22,9 @@ int main(int count, char** arguments) {
   if (!wrong.empty()) refuse(wrong);
   const AttentionMemory tensors = read_tensors(file, problem);
   problem.scale = file.real("scale");
+  problem.eight_bit = {file.real("query_scale"), file.real("key_scale"), file.real("value_scale"),
+                       static_cast<effc::cuda::Number>(file.integer("output_number"))};
+  problem.tiling = static_cast<effc::cuda::Tiling>(file.integer("tiling"));
   problem.bias_reach = static_cast<effc::Position>(file.integer("bias_reach"));
   problem.key_block_count = static_cast<int32_t>(file.integer("key_block_count"));
   problem.block_size = static_cast<effc::Position>(file.integer("block_size"));

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "cuda/emulator/e4m3.hpp"
+
 namespace effc::cuda::emulator {
 namespace {
 
@@ -17,6 +19,26 @@ float number_of(uint16_t bits, ProductOf type) {
   float number;
   std::memcpy(&number, &wide, sizeof number);
   return number;
+}
+
+// Every lane's sums += a * b.
+template <int inner>
+void add_products(const float (&a)[16][inner], const float (&b)[inner][8], void* const (&operands)[32]) {
+  float products[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < inner; ++k) {
+      for (int column = 0; column < 8; ++column) products[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<const ProductOperands*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    mine.sums[0] += products[g][2 * t];
+    mine.sums[1] += products[g][2 * t + 1];
+    mine.sums[2] += products[g + 8][2 * t];
+    mine.sums[3] += products[g + 8][2 * t + 1];
+  }
+  ++counters.matrix_products;
 }
 
 }  // namespace
@@ -38,24 +60,29 @@ void multiply_matrices(void* const (&operands)[32]) {
       b[column + 8][g] = number_of(static_cast<uint16_t>(mine.b1 >> shift), type);
     }
   }
-  float products[16][8] = {};
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < 8; ++column) products[row][column] += a[row][k] * b[k][column];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const auto& mine = *static_cast<const ProductOperands*>(operands[lane]);
-    const int g = lane / 4, t = lane % 4;
-    mine.sums[0] += products[g][2 * t];
-    mine.sums[1] += products[g][2 * t + 1];
-    mine.sums[2] += products[g + 8][2 * t];
-    mine.sums[3] += products[g + 8][2 * t + 1];
-  }
-  ++counters.matrix_products;
+  add_products(a, b, operands);
 }
 template void multiply_matrices<ProductOf::kHalf>(void* const (&)[32]);
 template void multiply_matrices<ProductOf::kBFloat16>(void* const (&)[32]);
+
+void multiply_e4m3_matrices(void* const (&operands)[32]) {
+  float a[16][32], b[32][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<const ProductOperands*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    const auto number = [](uint32_t word, int n) { return float_of_e4m3(static_cast<uint8_t>(word >> 8 * n)); };
+    for (int n = 0; n < 4; ++n) {
+      const int k = 4 * t + n;
+      a[g][k] = number(mine.a[0], n);
+      a[g + 8][k] = number(mine.a[1], n);
+      a[g][k + 16] = number(mine.a[2], n);
+      a[g + 8][k + 16] = number(mine.a[3], n);
+      b[k][g] = number(mine.b0, n);
+      b[k + 16][g] = number(mine.b1, n);
+    }
+  }
+  add_products(a, b, operands);
+}
 
 void exchange(void* const (&operands)[32]) {
   uint64_t given[32];

@@ -14,6 +14,7 @@ struct ProductOperands {
 };
 template <ProductOf type>
 void multiply_matrices(void* const (&operands)[32]);
+void multiply_e4m3_matrices(void* const (&operands)[32]);
 
 // Every lane gives a number and takes that of another lane.
 struct ExchangeOperands {
