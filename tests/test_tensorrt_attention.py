@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from attention_cases import expected, one_node_model, random_inputs
 
 from effc.errors import PreconditionError
@@ -13,6 +14,7 @@ from effc.exporters.engine_attention import given_inputs, lower_attention
 from effc.exporters.half_precision import to_half
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.operator import AttentionGeometry
+from effc.plugins.reference.topk_blocks import chosen_blocks
 
 FORMS = ["dense", "local:5:9", "dilated:9:4", "block:16:2", "strided:8", "random:1", "global:3|local:8", "sinks:5"]
 
@@ -91,6 +93,76 @@ def test_written_out_linear_attention_is_the_reference(form, causal, padding):
     assert not graph.functions and all(node.domain == "" for node in graph.graph.all_nodes())
     assert "model.layer" in {node.name for node in graph.graph}, "the build log speaks of layers by their nodes"
     np.testing.assert_allclose(run(graph, feed), expected(case, feed), atol=2e-5)
+
+
+CHOICES = [("topk-blocks:3:16", 70, "left"), ("topk-blocks:3:16", 7, "none"), ("topk-blocks:9:8", 64, "right")]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "form, queries, padding",
+    [
+        *CHOICES,
+        *(
+            pytest.param(form, queries, padding, marks=pytest.mark.slow)
+            for form in ("topk-blocks:2:8", "topk-blocks:4:16", "topk-blocks:9:16")
+            for queries in (1, 7, 30, 70)
+            for padding in ("none", "left", "right", "holes", "all")
+        ),
+    ],
+)
+def test_written_out_choices_of_blocks_are_the_reference(form, queries, padding, causal):
+    case = geometry(form, causal)
+    feed = random_inputs(case, 2, queries, 70, seed=6, padding=padding)
+    graph = lowered(one_node_model(case, padding != "none"), plugin=False, past=queries < 70)
+    assert not graph.functions and all(node.domain == "" for node in graph.graph.all_nodes())
+    np.testing.assert_allclose(run(graph, feed), expected(case, feed), atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [451, pytest.param(70, marks=pytest.mark.slow)])
+def test_the_plugin_gets_the_blocks_that_the_form_chooses(queries, causal, padding):
+    case = geometry("topk-blocks:3:64", causal)
+    feed = random_inputs(case, 2, queries, 451, seed=7, padding=padding)
+    graph = lowered(one_node_model(case, padding != "none"), plugin=True, past=queries < 451)
+    node = next(node for node in graph.graph if node.op_type == "SparseAttention")
+    assert node.attributes["pattern"].as_string() == "dense" and node.attributes["block_size"].as_int() == 64
+    assert node.attributes["inputs"].as_string() == ("key_blocks" if padding == "none" else "key_mask,key_blocks")
+    lists = node.inputs[-1]
+    # ONNX Runtime refuses the graph if it is of another type.
+    lists.dtype = ir.DataType.INT32
+    graph.graph.outputs[:] = [lists]
+    graph.graph.remove(node)
+    assert np.array_equal(run(graph, feed), chosen_lists(case, feed))
+
+
+def chosen_lists(case: AttentionGeometry, feed) -> np.ndarray:
+    """What the kernels want, from the form's definition."""
+    form, heads = case.form, (case.kv_heads, case.num_heads // case.kv_heads, case.head_dim)
+    query = torch.from_numpy(feed["query"]).double().unflatten(-1, heads).permute(0, 2, 3, 1, 4)
+    key = torch.from_numpy(feed["key"]).double().unflatten(-1, (heads[0], heads[2])).transpose(1, 2)
+    mask = torch.from_numpy(feed["key_mask"])
+    blocks = range((key.shape[2] - query.shape[3]) // form.block, -(-key.shape[2] // form.block))
+    chosen = [chosen_blocks(form, query, key, mask, case.causal, block).numpy() for block in blocks]
+    lists = np.full((2, case.kv_heads, len(chosen), form.count), -1, np.int32)
+    for place in np.ndindex(lists.shape[:3]):
+        numbers = np.flatnonzero(chosen[place[2]][place[:2]])
+        lists[place][: len(numbers)] = numbers
+    return lists
+
+
+def test_blocks_of_a_size_that_kernels_do_not_take_are_written_out():
+    model = one_node_model(geometry("topk-blocks:3:48", True), True)
+    graph = ir.serde.deserialize_model(model)
+    graph.graph[0].name = "model.layer"
+    done = lower_attention(graph, True)
+    assert done.written_out == ["model.layer"] and not done.plugins
+
+
+def test_more_blocks_than_tensorrt_ranks_are_refused():
+    with pytest.raises(PreconditionError, match="TensorRT chooses at most 3840 blocks"):
+        lowered(one_node_model(geometry("topk-blocks:4000:64", True), True), plugin=True)
 
 
 def test_linear_attention_becomes_a_plugin_node():

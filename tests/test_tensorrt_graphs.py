@@ -219,7 +219,7 @@ def text(llama, tmp_path_factory):
 def test_decoding_token_by_token_is_the_forward_pass(text):
     _, (prefill, decode) = text
     assert [prefill.name, decode.name] == ["prefill", "decode"] and decode.step_error < 1e-5
-    assert {cache.most for cache in decode.caches} == {7}
+    assert {cache.most for cache in decode.caches} == {7} and decode.pads
 
 
 @pytest.mark.slow

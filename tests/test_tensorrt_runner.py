@@ -210,7 +210,7 @@ def test_what_cannot_be_captured_or_run_is_said(runner, device):
 
 
 def test_a_model_takes_arrays_and_tensors_of_the_device(device, monkeypatch):
-    monkeypatch.setattr(engine_choice, "device_capability", lambda: 89)
+    monkeypatch.setattr(engine_choice, "device_capability", lambda gpu: 89)
     record = EnginesRecord(
         flavour="tensorrt_rtx", version="1.7.1", precision="fp16", graphs={}, engines=[engine((8, 512))]
     )

@@ -60,6 +60,11 @@ def test_sections_that_make_no_sense_are_refused(section, said):
     ("recipe", "kind", "said"),
     [
         (
+            {"engine": {"arch": "sm_86"}, "quantization": {"attention": "fp8"}},
+            PreconditionError,
+            "sm_86 has no FP8 products; they came with sm_89",
+        ),
+        (
             {"engine": {"arch": "sm_86,sm_89"}, "quantization": "fp8"},
             PreconditionError,
             "sm_86 has no FP8 products; they came with sm_89",
@@ -186,11 +191,11 @@ def test_what_engines_miss_is_said(monkeypatch):
     )
     from effc.compiler import engine_choice
 
-    monkeypatch.setattr(engine_choice, "device_capability", lambda: None)
+    monkeypatch.setattr(engine_choice, "device_capability", lambda gpu: None)
     assert "need an NVIDIA GPU (sm_89, sm_86)" in str(what_is_missing(record))
-    monkeypatch.setattr(engine_choice, "device_capability", lambda: 120)
+    monkeypatch.setattr(engine_choice, "device_capability", lambda gpu: 120)
     assert "this GPU is sm_120: compile with --arch=sm_120" in str(what_is_missing(record))
-    monkeypatch.setattr(engine_choice, "device_capability", lambda: 89)
+    monkeypatch.setattr(engine_choice, "device_capability", lambda gpu: 89)
     monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda name: None)
     assert "pip install tensorrt-rtx==1.7.1" in str(what_is_missing(record))
     monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda name: object())

@@ -52,12 +52,16 @@ def graph_error(reference: Path, graph: Path, inputs: Mapping[str, Any]) -> floa
     return worst
 
 
-def step_error(source: SourceModel, forward: Path, prefill: Path, decode: Path, *, exact: bool) -> float:
+def step_error(
+    source: SourceModel, forward: Path, prefill: Path, decode: Path, *, exact: bool, pads: bool = False
+) -> float:
     """How far decoding token by token is from the forward pass: relative error of the logits.
 
     Args:
         forward, prefill, decode: graphs in fp32.
         exact: whether they have to agree; quantized ones round a token's neighbours differently in each.
+        pads: padding in front changes nothing, see :func:`pads_in_front`. The forward pass then has it behind, because
+            a graph that counts its positions itself would count it, which rotary embeddings hide from softmax alone.
 
     Raises:
         PassFailedError: if they do not agree, or are not finite.
@@ -67,7 +71,7 @@ def step_error(source: SourceModel, forward: Path, prefill: Path, decode: Path, 
     inputs = ragged_inputs(source, [min(length + steps, limit) for length in _PROOF_LENGTHS], side="left")
     ids, mask = inputs["input_ids"].numpy(), inputs[MASK].numpy()
     positions = positions_of(inputs[MASK]).numpy()
-    reference = _reference(forward, ids, mask, positions if _takes(forward, "position_ids") else None)[:, -steps - 1 :]
+    reference = _reference(forward, ids, mask, positions, behind=pads)[:, -steps - 1 :]
     given = {"position_ids": positions} if takes_positions(source.model) else {}
 
     def feeds(begin: int, end: int, seen: int) -> dict[str, NDArray[Any]]:
@@ -92,11 +96,16 @@ def step_error(source: SourceModel, forward: Path, prefill: Path, decode: Path, 
 
 
 def _reference(
-    forward: Path, ids: NDArray[Any], mask: NDArray[Any], positions: NDArray[Any] | None
+    forward: Path, ids: NDArray[Any], mask: NDArray[Any], positions: NDArray[Any], *, behind: bool
 ) -> NDArray[np.float32]:
-    feeds = {"input_ids": ids, MASK: mask} | ({} if positions is None else {"position_ids": positions})
+    """Logits of the forward pass, the padding in front; ``behind``: but computed with it behind the texts."""
+    order = np.argsort(mask == 0, axis=1, kind="stable") if behind else np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+    feeds = {"input_ids": ids, MASK: mask, "position_ids": positions}
+    feeds = {name: np.take_along_axis(value, order, axis=1) for name, value in feeds.items()}
+    if not _takes(forward, "position_ids"):
+        del feeds["position_ids"]
     logits: NDArray[np.float32] = _run(_session(forward), feeds)["logits"]
-    return logits
+    return np.take_along_axis(logits, np.argsort(order, axis=1)[..., None], axis=1)
 
 
 def _takes(path: Path, name: str) -> bool:

@@ -68,5 +68,5 @@ def generation_sources(
         ir.save(model, str(path))
         result.append(EngineSource(name, path, caches, pads=name == "decode" and pads_in_front(model)))
     exact = not recipe.quantization.formats & {"int8", "fp8"}
-    result[1].step_error = step_error(source, forward, result[0].path, result[1].path, exact=exact)
+    result[1].step_error = step_error(source, forward, result[0].path, result[1].path, exact=exact, pads=result[1].pads)
     return result

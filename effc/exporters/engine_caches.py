@@ -3,7 +3,9 @@
 Two graphs instead of one with a branch, because an engine is tuned for the shapes of its profiles, and a prompt and a
 single token have little in common. Every cache is ``[batch, positions, kv_heads * head_dim]``, as the projections
 produce it and as the operator takes it: a step appends its token's row. A layer whose pattern looks back a bounded way,
-wherever it stands, hands out no more rows than the next step can see, so its cache stops growing.
+wherever it stands, hands out no more rows than the next step can see, so its cache stops growing. ``topk-blocks`` also
+keeps the last queries, from which the next token's block chooses its keys. Linear attention keeps its state instead, in
+fp32 (see :mod:`effc.exporters.engine_states`): a step costs the same whatever lies before it.
 
 (ONNX Runtime's generating graph keeps a ring of slots instead, which a plugin that counts positions from the end of the
 keys could not read.)
@@ -16,23 +18,29 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from effc.errors import PreconditionError
-from effc.plugins.caches import SlotCache, cache_of
+from effc.exporters.engine_attention import LAST_QUERY, given_inputs
+from effc.exporters.engine_states import STATES, state_shapes, with_state
+from effc.plugins.caches import OrderedCache, SlotCache, cache_of
+from effc.plugins.forms.linear import Linear, LinearForm
+from effc.plugins.forms.terms import Dense, Dilated, Local, Strided
 from effc.plugins.function_body import geometry_of, is_attention
-from effc.plugins.operator import KEY_MASK, optional_inputs
+from effc.plugins.operator import KEY_MASK
+from effc.plugins.pattern import Pattern
 
 MASK = "attention_mask"
 PAST, PRESENT = "past_", "present_"
+_QUERY = "query"
 
 
 @dataclass(frozen=True)
 class EngineCache:
-    """What one attention layer keeps.
+    """Rows that one attention layer keeps: keys and values, or queries.
 
     Attributes:
         layer: name of the torch module.
         dimension: name of its cache's number of positions; layers that keep equally many share it.
         most: positions it ever needs, or None.
-        width: numbers of a key, and of a value.
+        width: numbers of a row.
     """
 
     layer: str
@@ -42,19 +50,21 @@ class EngineCache:
 
 
 def add_prefill_outputs(model: ir.Model) -> list[EngineCache]:
-    """Let a forward graph hand out the keys and values of the prompt, in place."""
+    """Let a forward graph hand out what its attention layers keep of the prompt, in place."""
     nodes = _causal_nodes(model)
-    caches = _caches(nodes)
-    for number, (node, cache) in enumerate(zip(nodes, caches, strict=True)):
-        for place, what in ((1, "key"), (2, "value")):
+    kept = _caches(nodes)
+    for number, (node, caches) in enumerate(zip(nodes, kept, strict=True)):
+        if isinstance(geometry_of(node).form, Linear):
+            _hand_out_states(model.graph, with_state(model, node, []), number)
+        for place, what, cache in _rows(caches):
             value = node.inputs[place]
             assert value is not None
             _hand_out(model.graph, f"{PRESENT}{what}.{number}", value, node, cache)
-    return caches
+    return [cache for caches in kept for cache in caches]
 
 
 def add_decode_caches(model: ir.Model) -> list[EngineCache]:
-    """Let a forward graph take one token and the keys and values of those before, in place.
+    """Let a forward graph take one token and what its attention layers keep of those before, in place.
 
     ``attention_mask`` then is ``[batch, past + 1]`` and the other inputs of tokens ``[batch, 1]``.
 
@@ -62,27 +72,48 @@ def add_decode_caches(model: ir.Model) -> list[EngineCache]:
         PreconditionError: if something other than attention reads the mask.
     """
     graph, nodes = model.graph, _causal_nodes(model)
-    caches = _caches(nodes)
+    kept = _caches(nodes)
     mask = _key_mask(graph, nodes)
     for value in graph.inputs:
         if value.shape is not None and len(value.shape) == 2:
             value.shape = ir.Shape(["batch", "total" if value.name == MASK else 1])
-    for number, (node, cache) in enumerate(zip(nodes, caches, strict=True)):
-        for place, what in ((1, "key"), (2, "value")):
+    for number, (node, caches) in enumerate(zip(nodes, kept, strict=True)):
+        geometry = geometry_of(node)
+        for place, what, cache in _rows(caches):
             own = node.inputs[place]
             assert own is not None
-            shape = ir.Shape(["batch", cache.dimension, cache.width])
-            past = ir.Value(name=f"{PAST}{what}.{number}", shape=shape, type=own.type)
-            graph.inputs.append(past)
+            past = _past(graph, f"{what}.{number}", ["batch", cache.dimension, cache.width])
             joined = ir.node("Concat", [past, own], {"axis": 1})
             joined.outputs[0].type = own.type
             joined.outputs[0].shape = ir.Shape(["batch", None, cache.width])
             graph.insert_before(node, joined)
             node.replace_input_with(place, joined.outputs[0])
             _hand_out(graph, f"{PRESENT}{what}.{number}", joined.outputs[0], node, cache)
+            if what == _QUERY:
+                _keep_last_row(graph, node)
         if mask is not None:
             node.replace_input_with(3, _last(graph, node, mask, node.inputs[1]))
-    return caches
+        if isinstance(geometry.form, Linear):
+            states = [_past(graph, f"{name}.{number}", shape) for name, shape in state_shapes(geometry).items()]
+            _hand_out_states(graph, with_state(model, node, states), number)
+    return [cache for caches in kept for cache in caches]
+
+
+def half_caches(graph: ir.Graph) -> list[str]:
+    """Names of the inputs and outputs that hold rows, which take the engine's precision; states stay fp32."""
+    names = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
+    states = tuple(f"{when}{name}." for when in (PAST, PRESENT) for name in STATES)
+    return [name for name in names if name.startswith((PAST, PRESENT)) and not name.startswith(states)]
+
+
+def pads_in_front(model: ir.Model) -> bool:
+    """Whether texts of different lengths may share a run of a graph, the shorter ones with padding in front.
+
+    That takes a mask that hides the padding, and forms that mean the same behind it: those that count positions from
+    the query, and linear ones. Sinks, blocks, global and random keys are counted from the beginning.
+    """
+    nodes = [node for node in model.graph if is_attention(node)]
+    return all(_mask_of(node) is not None and _counts_back(node) for node in nodes)
 
 
 def _causal_nodes(model: ir.Model) -> list[ir.Node]:
@@ -98,25 +129,72 @@ def _causal_nodes(model: ir.Model) -> list[ir.Node]:
     return nodes
 
 
-def _caches(nodes: list[ir.Node]) -> list[EngineCache]:
-    result, dimensions = [], dict[int | None, str]()
+def _caches(nodes: list[ir.Node]) -> list[list[EngineCache]]:
+    """For each node its cache of keys and of values, then that of queries; nothing where a state is kept."""
+    result, dimensions = list[list[EngineCache]](), dict[int | None, str]()
+
+    def rows(node: ir.Node, most: int | None, heads: int) -> EngineCache:
+        dimension = dimensions.setdefault(most, f"past.{len(dimensions)}")
+        return EngineCache(str(node.name), dimension, most, heads * geometry_of(node).head_dim)
+
     for node in nodes:
         geometry = geometry_of(node)
         cache = cache_of(geometry.form, geometry.kv_heads, geometry.head_dim)
+        if isinstance(geometry.form, Linear):
+            result.append([])
+            continue
         # Rows can only be dropped where positions count from the end alone: not under sinks, global or random keys.
         most = cache.recent if isinstance(cache, SlotCache) and cache.sinks == 0 and _from_the_end(node) else None
-        dimension = dimensions.setdefault(most, f"past.{len(dimensions)}")
-        result.append(EngineCache(str(node.name), dimension, most, geometry.kv_heads * geometry.head_dim))
+        result.append([rows(node, most, geometry.kv_heads)])
+        if isinstance(cache, OrderedCache) and cache.queries > 1:
+            result[-1].append(rows(node, cache.queries - 1, geometry.num_heads))
     return result
+
+
+def _rows(caches: list[EngineCache]) -> list[tuple[int, str, EngineCache]]:
+    """Places among a node's inputs of what it keeps, with names and caches."""
+    whats = ((1, "key", 0), (2, "value", 0), (0, _QUERY, 1))
+    return [(place, what, caches[which]) for place, what, which in whats if which < len(caches)]
+
+
+def _past(graph: ir.Graph, name: str, shape: list[int | str]) -> ir.Value:
+    value = ir.Value(name=f"{PAST}{name}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(value)
+    return value
+
+
+def _hand_out_states(graph: ir.Graph, states: list[ir.Value], number: int) -> None:
+    for name, state in zip(STATES, states, strict=True):
+        state.name = f"{PRESENT}{name}.{number}"
+        graph.outputs.append(state)
+
+
+def _keep_last_row(graph: ir.Graph, node: ir.Node) -> None:
+    """Of the output, whose rows are those of past queries too."""
+    node.metadata_props[LAST_QUERY] = "1"
+    output = node.outputs[0]
+    assert output.shape is not None
+    width = output.shape[2]
+    output.shape = ir.Shape(["batch", None, width])
+    bounds = [ir.node("Constant", [], {"value_ints": [number]}) for number in (-1, 2**31 - 1, 1)]
+    last = ir.node("Slice", [output, *(bound.outputs[0] for bound in bounds)])
+    last.outputs[0].type, last.outputs[0].shape = output.type, ir.Shape(["batch", 1, width])
+    graph.insert_after(node, [*bounds, last])
+    ir.convenience.replace_all_uses_with(output, last.outputs[0])
+    last.replace_input_with(0, output)
 
 
 def _from_the_end(node: ir.Node) -> bool:
     """Whether a pattern means the same if the first keys are left out: blocks are counted from the beginning."""
-    from effc.plugins.forms.terms import Dilated, Local
-    from effc.plugins.pattern import Pattern
-
     form = geometry_of(node).form
     return isinstance(form, Pattern) and all(isinstance(term, (Local, Dilated)) for term in form.terms)
+
+
+def _counts_back(node: ir.Node) -> bool:
+    form = geometry_of(node).form
+    if isinstance(form, Pattern):
+        return all(isinstance(term, (Dense, Local, Dilated, Strided)) for term in form.terms)
+    return isinstance(form, LinearForm)
 
 
 def _key_mask(graph: ir.Graph, nodes: list[ir.Node]) -> ir.Value | None:
@@ -141,8 +219,8 @@ _FORWARD_ONLY = "Only the engine of its forward pass is built."
 
 
 def _mask_of(node: ir.Node) -> ir.Value | None:
-    place = optional_inputs(geometry_of(node).form).index(KEY_MASK) + 3
-    return node.inputs[place] if len(node.inputs) > place else None
+    place = given_inputs(node).get(KEY_MASK)
+    return None if place is None else node.inputs[place]
 
 
 def _last(graph: ir.Graph, before: ir.Node, mask: ir.Value, keys: ir.Value | None) -> ir.Value:

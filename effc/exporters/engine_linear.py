@@ -1,10 +1,13 @@
 """Linear attention in standard operators for TensorRT: in fp32, because its sums go beyond what fp16 holds.
 
-Bidirectional layers are computed through their state, in O(length). Causal ones compute all pairs: TensorRT takes no
-Scan inside a function, which the state that grows from token to token would need.
+Bidirectional layers are computed through their state, in O(length). Causal ones compute all pairs of what they are
+given: TensorRT takes no Scan inside a function, which the state that grows from token to token would need. What lies
+before, a decode step has in its state.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from onnx import TensorProto
 
@@ -18,8 +21,21 @@ ATTENDED = "linear_attended"
 _SMALLEST = 1e-30
 
 
-def write_linear(s: Statements, form: Linear, geometry: AttentionGeometry, masked: bool, dtype: int) -> None:
-    """Define ``output`` from ``query``, ``key``, ``value`` and, if ``masked``, ``key_mask``; ``dtype`` is theirs."""
+def write_linear(
+    s: Statements,
+    form: Linear,
+    geometry: AttentionGeometry,
+    masked: bool,
+    dtype: int,
+    past: Sequence[Value] | None = None,
+    states: bool = False,
+) -> None:
+    """Define ``output`` from ``query``, ``key``, ``value`` and, if ``masked``, ``key_mask``; ``dtype`` is theirs.
+
+    Args:
+        past: ``past_state`` and ``past_normaliser`` of :mod:`effc.exporters.engine_states`; of causal layers only.
+        states: define ``present_state`` and ``present_normaliser``, those behind the last key.
+    """
     kv_heads, head_dim = geometry.kv_heads, geometry.head_dim
     groups = geometry.num_heads // kv_heads
     queries = s("Reshape", _features(s, form, "query"), [0, -1, kv_heads, groups, head_dim])
@@ -30,14 +46,23 @@ def write_linear(s: Statements, form: Linear, geometry: AttentionGeometry, maske
     if masked:
         seen = s("Unsqueeze", s.cast(KEY_MASK, TensorProto.FLOAT), [1, 3])
         keys = s("Mul", keys, seen, to="seen_key_features")
+    if past is not None or states or not geometry.causal:
+        state = s("MatMul", s("Transpose", keys, perm="[0, 1, 3, 2]"), values, to="state")
+        normaliser = s("ReduceSum", keys, [2], keepdims=1, to="normaliser")
     if geometry.causal:
         weights = s("MatMul", folded, s("Transpose", keys, perm="[0, 1, 3, 2]"), to="weights")
         weights = s("Mul", weights, _not_behind(s, groups), to="seen_weights")
         numerator = s("MatMul", weights, values)
         denominator = s("ReduceSum", weights, [-1], keepdims=1)
+        if past is not None:
+            before = s("Unsqueeze", past[1], [2], to="normaliser_before")
+            numerator = s("Add", numerator, s("MatMul", folded, past[0]))
+            denominator = s("Add", denominator, s("ReduceSum", s("Mul", folded, before), [-1], keepdims=1))
+            state, normaliser = s("Add", state, past[0]), s("Add", normaliser, before)
+        if states:
+            s("Identity", state, to="present_state")
+            s("Squeeze", normaliser, [2], to="present_normaliser")
     else:
-        state = s("MatMul", s("Transpose", keys, perm="[0, 1, 3, 2]"), values, to="state")
-        normaliser = s("ReduceSum", keys, [2], keepdims=1, to="normaliser")
         numerator = s("MatMul", folded, state)
         denominator = s("ReduceSum", s("Mul", folded, normaliser), [-1], keepdims=1)
     attended = s("Div", numerator, s("Max", denominator, _SMALLEST), to=ATTENDED)
