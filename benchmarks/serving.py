@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -38,6 +39,9 @@ from effc.serving.packaged import install_packaged_server
 from effc.serving.repository import write_repository
 from effc.serving.server import Server
 
+REQUESTS = ("gRPC", "HTTP", "gRPC, no model", "HTTP, no model")
+_CALLS: dict[str, Callable[[], Any]] = {}
+
 
 @contextmanager
 def served(artifact: Path, **options: Any) -> Iterator[Server]:
@@ -59,41 +63,33 @@ def tensor(ids: np.ndarray) -> Any:
 def overhead(artifact: Path, length: int) -> None:
     """Wall and CPU time of one request at batch 1, by gRPC and by HTTP, less that of the same run in a direct session.
 
-    The three take turns. Beside them, the time of a request that no model sees, which is the protocol's own.
+    The three take turns; requests come from a process of their own, as they do in use. Beside them, the time of a
+    request that no model sees, which is the protocol's own.
     """
     model = effc.load(artifact, threads=1)
     top = next(record.maximum for record in model.manifest.inputs if record.name == "input_ids") or 1
     ids = np.random.default_rng(0).integers(0, top, (1, length))
     # The smallest output, so that it is not the transport of hidden states that is measured.
     output = min(model.manifest.outputs, key=lambda record: len(record.shape)).name
+    wall: dict[str, list[float]] = {name: [] for name in ("direct", *REQUESTS)}
+    spent: dict[str, list[float]] = {"direct": [], "gRPC": [], "HTTP": []}
     with (
         served(artifact, threads=1, batch_delay_us=0) as server,
-        grpc.InferenceServerClient(server.grpc) as client,
+        multiprocessing.get_context("spawn").Pool(1, connect, (server.grpc, server.http, ids, output)) as client,
     ):
-        wanted, given = [grpc.InferRequestedOutput(output)], tensor(ids)
-        host, port = server.http.split(":")
-        connection = http.client.HTTPConnection(host, int(port))
-        calls: dict[str, Callable[[], Any]] = {
-            "direct": lambda: model(input_ids=ids),
-            "gRPC": lambda: client.infer("m_model", [given], outputs=wanted),
-            "HTTP": lambda: ask_http(connection, "m_model", ids, output),
-            "gRPC, no model": client.is_server_live,
-            "HTTP, no model": lambda: get_http(connection, "/v2/health/live"),
-        }
-        wall: dict[str, list[float]] = {name: [] for name in calls}
-        spent: dict[str, list[float]] = {"direct": [], "gRPC": [], "HTTP": []}
         for _ in range(200):
-            for name, call in calls.items():
-                measured = name in spent
-                before = cpu_seconds(server) if measured and name != "direct" else 0.0
+            for name in wall:
+                before = cpu_seconds(server) if name in spent and name != "direct" else 0.0
                 start, cpu = time.perf_counter(), time.process_time()
-                call()
-                wall[name].append(1000 * (time.perf_counter() - start))
-                if measured:
+                if name == "direct":
+                    model(input_ids=ids)
+                    wall[name].append(1000 * (time.perf_counter() - start))
+                else:
+                    wall[name].append(client.apply(timed, (name,)))
+                if name in spent:
                     spent[name].append(
                         1000 * (time.process_time() - cpu if name == "direct" else cpu_seconds(server) - before)
                     )
-        connection.close()
     print(f"{length} tokens, batch 1, output {output}")
     for name, times in wall.items():
         line = f"{name}: median {median(times):.2f} ms, least {min(times):.2f}"
@@ -104,6 +100,29 @@ def overhead(artifact: Path, length: int) -> None:
             # Clocks of other processes tick in hundredths of seconds, so only their mean says something.
             line += f"; CPU {mean(spent[name]):.2f} ms{'' if name == 'direct' else ' in the server'}"
         print(line)
+
+
+def connect(grpc_url: str, http_url: str, ids: np.ndarray, output: str) -> None:
+    """What the client's process can be asked to time."""
+    wanted, given = [grpc.InferRequestedOutput(output)], tensor(ids)
+    client = grpc.InferenceServerClient(grpc_url)
+    host, port = http_url.split(":")
+    connection = http.client.HTTPConnection(host, int(port))
+    _CALLS.update(
+        {
+            "gRPC": lambda: client.infer("m_model", [given], outputs=wanted),
+            "HTTP": lambda: ask_http(connection, "m_model", ids, output),
+            "gRPC, no model": client.is_server_live,
+            "HTTP, no model": lambda: get_http(connection, "/v2/health/live"),
+        }
+    )
+
+
+def timed(name: str) -> float:
+    """Milliseconds of one request on the clock."""
+    start = time.perf_counter()
+    _CALLS[name]()
+    return 1000 * (time.perf_counter() - start)
 
 
 def ask_http(connection: http.client.HTTPConnection, model: str, ids: np.ndarray, output: str) -> None:
