@@ -8,11 +8,13 @@ from prune_cases import calibration, distance, fresh, output
 
 from effc.errors import PassFailedError, PreconditionError, UsageError
 from effc.passes import prune_ffn, prune_heads
+from effc.passes.prune_calibration import Calibration, InputStatistics
 from effc.passes.prune_config import mismatches
 from effc.passes.prune_ffn import PruneFeedForward
 from effc.passes.prune_heads import PruneHeads
 from effc.passes.prune_layers import PruneLayers
 from effc.passes.prune_settings import PruneStep
+from effc.passes.prune_slice import forget_inputs
 from effc.passes.prune_structure import attention_parts, feed_forward_parts, layer_lists
 
 FAMILIES = ["bert", "roberta", "distilbert", "llama", "qwen3", "t5", "t5-encoder", "vit", "gpt2", "phi3", "modernbert"]
@@ -133,6 +135,47 @@ def test_fitting_what_stays_comes_closer_to_the_output(name):
         assert result.metrics["reconstructed"] is fit
         errors[fit] = distance(untouched, output(model, inputs))
     assert errors[True] < 0.9 * errors[False]
+
+
+def test_a_massive_activation_stays_whatever_its_gradient_says(monkeypatch):
+    model, inputs = fresh("bert")
+    parts = feed_forward_parts(model)[0]
+    producer, reader = model.get_submodule(parts.producers[0].name), model.get_submodule(parts.output)
+    with torch.no_grad():
+        producer.weight[7] = 0
+        producer.bias[7] = 1000
+    massive = reader.weight[:, 7].clone()
+    owed = Calibration.owed
+
+    def saturated(self, readers, seed=0):
+        found = owed(self, readers, seed)
+        found[parts.output][7] = 0
+        return found
+
+    monkeypatch.setattr(Calibration, "owed", saturated)
+    untouched = output(model, inputs)
+    prune(PruneFeedForward, 0.25, "bert", model, inputs, data=True, criterion="taylor", reconstruct=False)
+    assert any(torch.equal(column, massive) for column in model.get_submodule(parts.output).weight.T)
+    assert distance(untouched, output(model, inputs)) < 0.3
+
+
+def test_a_fit_leaves_the_weights_of_units_that_calibration_never_saw():
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Linear(6, 4, bias=False).requires_grad_(False)
+    weight = module.weight.clone()
+    rows = torch.randn(50, 6, generator=generator)
+    rows[:, 2] = 0
+    rows[:, 1] = rows[:, 0]
+    statistics = InputStatistics(torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
+    statistics.add(rows)
+    forget_inputs(module, torch.tensor([1, 2, 3, 4, 5]), statistics)
+    assert torch.equal(module.weight[:, 0], torch.zeros(4))
+    assert torch.allclose(module.weight[:, 2], weight[:, 2])
+    # Input 1 says what input 0 said, and takes its weight over, all but what the damping keeps back.
+    assert distance(weight[:, 0] + weight[:, 1], module.weight[:, 1]) < 0.4
+    assert distance(rows @ weight.T, rows @ module.weight.T) < 0.5 * distance(
+        rows @ weight.T, rows[:, 1:] @ weight[:, 1:].T
+    )
 
 
 def _make_redundant(model, parts):

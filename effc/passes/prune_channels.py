@@ -198,24 +198,29 @@ class PruneChannels(Pass[PreTrainedModel, PreTrainedModel]):
     def _scores(self, model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
         """What each unit is worth, ``[units]`` by site."""
         criterion = self._criterion()
-        if criterion == "taylor":
-            assert self._calibration is not None
-            owed = self._calibration.owed({site.reader: site.width for site in sites})
-            return {site.name: owed[site.reader] for site in sites}
+        if criterion == "magnitude":
+            return {site.name: self._read(model, site) * self.weights_of(model, site) for site in sites}
+        assert self._calibration is not None
         measured: dict[str, torch.Tensor] = {}
+        for stage in self._calibration.stages([site.reader for site in sites], 1):
+            measured |= {reader: statistics.norms.square() for reader, statistics in stage.items()}
+        passed_on = {site.name: self._read(model, site, measured[site.reader]) for site in sites}
         if criterion == "activation":
-            assert self._calibration is not None
-            for stage in self._calibration.stages([site.reader for site in sites], 1):
-                measured |= {reader: statistics.norms.square() for reader, statistics in stage.items()}
-        scores = {}
-        for site in sites:
-            read = weight_of(model.get_submodule(site.reader)).double().square().sum(0)
-            if criterion == "activation":
-                scores[site.name] = (read * measured[site.reader]).unflatten(0, (-1, site.width)).sum(-1)
-            else:
-                read = read.unflatten(0, (-1, site.width)).sum(-1)
-                scores[site.name] = read * self.weights_of(model, site)
-        return scores
+            return passed_on
+        owed = self._calibration.owed({site.reader: site.width for site in sites})
+        # A norm behind the unit saturates on a massive activation, so that its gradient says nothing of it
+        # (Sun et al., 2024). Its share of what the reader makes of its inputs does.
+        return {
+            site.name: owed[site.reader]
+            + owed[site.reader].sum() * passed_on[site.name] / passed_on[site.name].sum().clamp_min(1e-30)
+            for site in sites
+        }
+
+    def _read(self, model: PreTrainedModel, site: Site, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Squares of the weights that read each unit, with ``scale`` by input, ``[units]``."""
+        squares = weight_of(model.get_submodule(site.reader)).double().square().sum(0) * scale
+        summed: torch.Tensor = squares.unflatten(0, (-1, site.width)).sum(-1)
+        return summed
 
     def _forget(self, model: PreTrainedModel, sites: Sequence[Site], kept: Mapping[str, list[int]]) -> None:
         """Let the readers do without the units that go."""
