@@ -29,8 +29,8 @@ from effc.compiler.engine_sources import forward_source, generation_sources
 from effc.compiler.engines import build_engines
 from effc.compiler.exported import exported_graph
 from effc.compiler.inputs import ragged_inputs
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import Recipe, build_recipe
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.exporters.generation_export import positions_of
 from effc.exporters.onnx_graph import save_onnx
@@ -84,22 +84,30 @@ def rows_of(name: str, path: Path, options: argparse.Namespace) -> None:
     layer_modes = dict(one.split("=") for one in options.quant_layer)
     for mode in options.modes.split(","):
         for plugin in options.plugin.split(","):
-            arch = [one for one in options.arch.split(",") if mode != "fp8" or int(one[3:]) >= 89]
+            fp8 = "fp8" in (mode, options.quant_attention)
+            arch = [one for one in options.arch.split(",") if not fp8 or int(one[3:]) >= 89]
             recipe = build_recipe(
                 {
                     "model": str(path),
                     "attention": form,
                     "target": "tensorrt_rtx",
-                    "quantization": {"mode": mode, "layers": layer_modes if mode != "none" else {}},
+                    "quantization": {
+                        "mode": mode,
+                        "layers": layer_modes if mode != "none" else {},
+                        "attention": options.quant_attention,
+                    },
                     "engine": {"arch": arch, "shapes": options.shapes, "plugin": plugin == "yes"},
                 }
             )
-            _one(name, mode, recipe, source, layers, exported, batches, probe)
+            precision = mode if mode != "none" else "fp16"
+            if options.quant_attention != "none":
+                precision += f", {options.quant_attention} attention"
+            _one(name, precision, recipe, source, layers, exported, batches, probe)
 
 
 def _one(
     name: str,
-    mode: str,
+    precision: str,
     recipe: Recipe,
     source: SourceModel,
     layers: list[Any],
@@ -129,7 +137,7 @@ def _one(
             size = (out / engine.file).stat().st_size / 2**20
             checked = record.graphs[engine.graph]
             errors = [checked.step_error] if engine.graph == "decode" else [checked.error_fp32, checked.error]
-            cells = [name, engine.graph, mode if mode != "none" else "fp16", engine.arch]
+            cells = [name, engine.graph, precision, engine.arch]
             cells += ["; ".join(f"{count} x {kernel}" for kernel, count in sorted(attention.items()))]
             cells += [", ".join(f"{count} {kernel}" for kernel, count in sorted(linears.items()))]
             cells += [", ".join(f"{count} {kind}" for kind, count in engine.low.items()) or "-"]
@@ -148,6 +156,7 @@ def main() -> None:
     parser.add_argument("--plugin", default="yes,no")
     parser.add_argument("--attention", default="local:256")
     parser.add_argument("--shapes", default="8x512")
+    parser.add_argument("--quant-attention", default="none", choices=("none", "int8", "fp8"), help="as in effc")
     parser.add_argument("--quant-layer", action="append", default=[], metavar="GLOB=MODE", help="as in effc")
     options = parser.parse_args()
     heads = ["model", "graph", "precision", "arch", "attention", "linear layers", "low-precision gemms", "plan, MiB"]

@@ -25,7 +25,8 @@ from effc.exporters.engine_eight_bit import OUTPUT_TYPE, SCALES, read_codes
 from effc.exporters.engine_linear import ATTENDED, write_linear
 from effc.exporters.engine_masked import write_masked
 from effc.exporters.engine_states import RECURRENT, STATES, past_states
-from effc.exporters.engine_topk import BLOCK_UNIT, MOST_BLOCKS, write_lists, write_mask
+from effc.exporters.engine_sums import ENGINE_DOMAIN
+from effc.exporters.engine_topk import BLOCK_UNIT, KEY_SUMS, MOST_BLOCKS, write_lists, write_mask
 from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.position_statements import Statements
 from effc.plugins.forms.base import AttentionForm
@@ -102,7 +103,8 @@ def lower_attention(model: ir.Model, plugin: bool, *, past: bool = False) -> Eng
     """
     check_forms(model)
     result, chosen = EngineAttention(), False
-    model.functions.clear()
+    for key in [key for key in model.functions if key[0] != ENGINE_DOMAIN]:
+        del model.functions[key]
     for node in [node for node in model.graph if is_attention(node)]:
         geometry = geometry_of(node)
         form, name = geometry.form, str(node.name)
@@ -143,7 +145,8 @@ def _for_plugin(form: AttentionForm) -> bool:
 
 
 def _as_plugin(node: ir.Node, key_blocks: ir.Value | None) -> None:
-    given = given_inputs(node)
+    # The lists of blocks were chosen by the sums.
+    given = {name: place for name, place in given_inputs(node).items() if name != KEY_SUMS}
     names = [*given]
     kept = [*node.inputs[:3], *(node.inputs[place] for place in given.values())]
     if key_blocks is not None:
@@ -171,14 +174,15 @@ def _choose_blocks(model: ir.Model, node: ir.Node, past: bool) -> ir.Value:
     form = geometry.form
     assert isinstance(form, BlockTopK)
     s = Statements()
-    s.reserve("query", "key", KEY_MASK)
-    lists = write_lists(s, form, geometry, KEY_MASK in given, past)
+    s.reserve("query", "key", KEY_MASK, KEY_SUMS)
+    lists = write_lists(s, form, geometry, KEY_MASK in given, past, KEY_SUMS in given)
     s.cast(lists, TensorProto.INT32, to=_KEY_BLOCKS)
-    names = ["query", "key", *(name for name in given if name == KEY_MASK)]
+    chosen_by = {name: place for name, place in given.items() if name in (KEY_MASK, KEY_SUMS)}
+    names = ["query", "key", *chosen_by]
     overload = f"{geometry.overload(frozenset(given))}_{'past' if past else 'whole'}"
     function = _function("ChooseBlocks", overload, names, [_KEY_BLOCKS], s)
     model.functions[function.identifier()] = function
-    inputs = [*node.inputs[:2], *(node.inputs[place] for name, place in given.items() if name == KEY_MASK)]
+    inputs = [*node.inputs[:2], *(node.inputs[place] for place in chosen_by.values())]
     call = ir.Node(function.domain, function.name, inputs, overload=function.overload, name=f"{node.name}/blocks")
     model.graph.insert_before(node, call)
     model.opset_imports.setdefault(function.domain, 1)
@@ -231,16 +235,15 @@ def _body(
 ) -> ir.Function:
     form = geometry.form
     s = Statements()
-    s.reserve("query", "key", "value", KEY_MASK, *form.extra_inputs, *past_states())
+    s.reserve("query", "key", "value", KEY_MASK, KEY_SUMS, *form.extra_inputs, *past_states())
     outputs = ["output"]
     if isinstance(form, Linear):
         start = past_states() if past_states()[0] in given else None
         write_linear(s, form, geometry, KEY_MASK in given, _HALF_OR_FLOAT[dtype], start, states)
         outputs += [f"present_{name}" for name in STATES] if states else []
     elif isinstance(form, BlockTopK):
-        chosen = write_mask(
-            s, write_lists(s, form, geometry, KEY_MASK in given, past), form, geometry, _HALF_OR_FLOAT[dtype]
-        )
+        lists = write_lists(s, form, geometry, KEY_MASK in given, past, KEY_SUMS in given)
+        chosen = write_mask(s, lists, form, geometry, _HALF_OR_FLOAT[dtype])
         write_masked(s, Pattern((Dense(),)), geometry, given, _HALF_OR_FLOAT[dtype], past, chosen)
     else:
         assert isinstance(form, Pattern)
@@ -252,7 +255,7 @@ def _body(
 
 def _function(name: str, overload: str, inputs: list[str], outputs: list[str], s: Statements) -> ir.Function:
     proto: onnx.FunctionProto = parser.parse_function(
-        f'<domain: "effc.engine", overload: "{overload}", opset_import: ["": {OPSET}]>\n'
+        f'<domain: "{ENGINE_DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}]>\n'
         f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{s.text()}}}"
     )
     for inner in proto.node:

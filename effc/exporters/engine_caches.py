@@ -4,7 +4,8 @@ Two graphs instead of one with a branch, because an engine is tuned for the shap
 single token have little in common. Every cache is ``[batch, positions, kv_heads * head_dim]``, as the projections
 produce it and as the operator takes it: a step appends its token's row. A layer whose pattern looks back a bounded way,
 wherever it stands, hands out no more rows than the next step can see, so its cache stops growing. ``topk-blocks`` also
-keeps the last queries, from which the next token's block chooses its keys. Linear attention keeps its state instead, in
+keeps the last queries, from which the next token's block chooses its keys, and in fp32 the sums of the keys of every
+block, by which it chooses (see :mod:`effc.exporters.engine_sums`). Linear attention keeps its state instead, in
 fp32 (see :mod:`effc.exporters.engine_states`): a step costs the same whatever lies before it.
 
 (ONNX Runtime's generating graph keeps a ring of slots instead, which a plugin that counts positions from the end of the
@@ -20,7 +21,9 @@ import onnx_ir as ir
 from effc.errors import PreconditionError
 from effc.exporters.engine_attention import LAST_QUERY, given_inputs
 from effc.exporters.engine_states import STATES, state_shapes, with_state
+from effc.exporters.engine_sums import sums_width, with_sums
 from effc.plugins.caches import OrderedCache, SlotCache, cache_of
+from effc.plugins.forms.content import BlockTopK
 from effc.plugins.forms.linear import Linear, LinearForm
 from effc.plugins.forms.terms import Dense, Dilated, Local, Strided
 from effc.plugins.function_body import geometry_of, is_attention
@@ -29,24 +32,26 @@ from effc.plugins.pattern import Pattern
 
 MASK = "attention_mask"
 PAST, PRESENT = "past_", "present_"
-_QUERY = "query"
+_QUERY, _SUMS = "query", "sums"
 
 
 @dataclass(frozen=True)
 class EngineCache:
-    """Rows that one attention layer keeps: keys and values, or queries.
+    """Rows that one attention layer keeps: keys and values, queries, or sums of keys.
 
     Attributes:
         layer: name of the torch module.
         dimension: name of its cache's number of positions; layers that keep equally many share it.
         most: positions it ever needs, or None.
         width: numbers of a row.
+        span: positions that a row stands for.
     """
 
     layer: str
     dimension: str
     most: int | None
     width: int
+    span: int = 1
 
 
 def add_prefill_outputs(model: ir.Model) -> list[EngineCache]:
@@ -54,12 +59,16 @@ def add_prefill_outputs(model: ir.Model) -> list[EngineCache]:
     nodes = _causal_nodes(model)
     kept = _caches(nodes)
     for number, (node, caches) in enumerate(zip(nodes, kept, strict=True)):
+        sums = _sums_of(node)
         if isinstance(geometry_of(node).form, Linear):
             _hand_out_states(model.graph, with_state(model, node, []), number)
         for place, what, cache in _rows(caches):
             value = node.inputs[place]
             assert value is not None
             _hand_out(model.graph, f"{PRESENT}{what}.{number}", value, node, cache)
+        for cache in sums:
+            _hand_out(model.graph, f"{PRESENT}{_SUMS}.{number}", with_sums(model, node), node, cache)
+            caches.append(cache)
     return [cache for caches in kept for cache in caches]
 
 
@@ -78,7 +87,7 @@ def add_decode_caches(model: ir.Model) -> list[EngineCache]:
         if value.shape is not None and len(value.shape) == 2:
             value.shape = ir.Shape(["batch", "total" if value.name == MASK else 1])
     for number, (node, caches) in enumerate(zip(nodes, kept, strict=True)):
-        geometry = geometry_of(node)
+        geometry, key, sums = geometry_of(node), node.inputs[1], _sums_of(node)
         for place, what, cache in _rows(caches):
             own = node.inputs[place]
             assert own is not None
@@ -96,13 +105,18 @@ def add_decode_caches(model: ir.Model) -> list[EngineCache]:
         if isinstance(geometry.form, Linear):
             states = [_past(graph, f"{name}.{number}", shape) for name, shape in state_shapes(geometry).items()]
             _hand_out_states(graph, with_state(model, node, states), number)
+        for cache in sums:
+            assert key is not None
+            past = _past(graph, f"{_SUMS}.{number}", ["batch", cache.dimension, cache.width])
+            _hand_out(graph, f"{PRESENT}{_SUMS}.{number}", with_sums(model, node, (key, past)), node, cache)
+            caches.append(cache)
     return [cache for caches in kept for cache in caches]
 
 
 def half_caches(graph: ir.Graph) -> list[str]:
-    """Names of the inputs and outputs that hold rows, which take the engine's precision; states stay fp32."""
+    """Names of the inputs and outputs that hold rows, which take the engine's precision; states and sums stay fp32."""
     names = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
-    states = tuple(f"{when}{name}." for when in (PAST, PRESENT) for name in STATES)
+    states = tuple(f"{when}{name}." for when in (PAST, PRESENT) for name in (*STATES, _SUMS))
     return [name for name in names if name.startswith((PAST, PRESENT)) and not name.startswith(states)]
 
 
@@ -149,6 +163,15 @@ def _caches(nodes: list[ir.Node]) -> list[list[EngineCache]]:
         if isinstance(cache, OrderedCache) and cache.queries > 1:
             result[-1].append(rows(node, cache.queries - 1, geometry.num_heads))
     return result
+
+
+def _sums_of(node: ir.Node) -> list[EngineCache]:
+    """The one cache of sums of keys that a layer has if its content chooses blocks."""
+    geometry = geometry_of(node)
+    if not isinstance(geometry.form, BlockTopK):
+        return []
+    block = geometry.form.block
+    return [EngineCache(str(node.name), f"past_blocks.{block}", None, sums_width(geometry), block)]
 
 
 def _rows(caches: list[EngineCache]) -> list[tuple[int, str, EngineCache]]:

@@ -16,6 +16,8 @@ from effc.plugins.operator import KEY_MASK, AttentionGeometry
 
 BLOCK_UNIT = 64
 """The kernels take blocks of a multiple of so many keys."""
+KEY_SUMS = "key_sums"
+"""Name of the input with the sums of the keys of every block, where something has kept them."""
 MOST_BLOCKS = 3840
 """TensorRT ranks no more than so many."""
 _OWN, _SINK, _IMPOSSIBLE = 2e30, 1e30, -1e30
@@ -23,14 +25,17 @@ _OWN, _SINK, _IMPOSSIBLE = 2e30, 1e30, -1e30
 _NO_BLOCK = 1e9
 
 
-def write_lists(s: Statements, form: BlockTopK, geometry: AttentionGeometry, masked: bool, past: bool) -> Value:
+def write_lists(
+    s: Statements, form: BlockTopK, geometry: AttentionGeometry, masked: bool, past: bool, sums: bool = False
+) -> Value:
     """The chosen blocks ``[batch, kv_heads, query blocks, count]`` as floats, rising, with -1 behind the last.
 
     Args:
         masked: whether there is ``key_mask`` besides ``query`` and ``key``.
         past: whether there may be fewer queries than keys.
+        sums: whether there is :data:`KEY_SUMS`, ``[batch, blocks, kv_heads * head_dim]`` in fp32.
     """
-    ranks = _ranks(s, form, geometry, masked, past)
+    ranks = _ranks(s, form, geometry, masked, past, sums)
     # So that there are always as many columns as blocks to choose.
     padded = s("Pad", ranks, [0, 0, 0, 0, 0, 0, 0, form.count], _IMPOSSIBLE, to="padded_ranks")
     scores, places = s.many("TopK", 2, padded, [form.count], to="strongest", axis=-1, largest=1, sorted=1)
@@ -62,14 +67,28 @@ def _sizes(s: Statements, form: BlockTopK) -> tuple[Value, Value, Value, Value]:
     return queries, keys, blocks, s("Div", s("Sub", keys, queries), form.block, to="first_block")
 
 
-def _ranks(s: Statements, form: BlockTopK, g: AttentionGeometry, masked: bool, past: bool) -> Value:
+def sum_keys(s: Statements, form: BlockTopK, g: AttentionGeometry, tail: Value, mask: Value | None) -> Value:
+    """Sums of the unpadded keys of each block, ``[batch, N, kv_heads * head_dim]`` in fp32.
+
+    Args:
+        tail: positions that the last block lacks.
+        mask: ``[batch, keys]`` in fp32.
+    """
+    keys = s.cast("key", TensorProto.FLOAT)
+    if mask is not None:
+        keys = s("Mul", keys, s("Unsqueeze", mask, [2]))
+    padded = s("Pad", keys, s.shape(0, 0, 0, 0, tail, 0))
+    return s("ReduceSum", s("Reshape", padded, [0, -1, form.block, g.kv_heads * g.head_dim]), [2], keepdims=0)
+
+
+def _ranks(s: Statements, form: BlockTopK, g: AttentionGeometry, masked: bool, past: bool, sums: bool) -> Value:
     """How strongly each block of queries wants each block of keys, ``[batch, kv_heads, Q, N]``."""
     queries, keys, blocks, first = _sizes(s, form)
     numbers = s.range(blocks, to="block_numbers")
     mask = s.cast(KEY_MASK, TensorProto.FLOAT, to="candidate_mask") if masked else None
     tail = s("Sub", s("Mul", blocks, form.block), keys, to="block_tail")
     counts = _counts(s, form, numbers, keys, tail, mask)
-    means = _key_means(s, form, g, counts, tail, mask)
+    means = _key_means(s, g, KEY_SUMS if sums else sum_keys(s, form, g, tail, mask), counts)
     pools = _pools(s, form, g, (queries, keys, blocks, first), mask, past)
     scores = s("MatMul", pools, means, to="pooled_scores")
     column = s("Unsqueeze", numbers, [0], to="block_column")
@@ -100,15 +119,8 @@ def _counts(s: Statements, form: BlockTopK, numbers: Value, keys: Value, tail: V
     return s("ReduceSum", s("Reshape", padded, [0, -1, form.block]), [2], keepdims=0, to="block_counts")
 
 
-def _key_means(
-    s: Statements, form: BlockTopK, g: AttentionGeometry, counts: Value, tail: Value, mask: Value | None
-) -> Value:
+def _key_means(s: Statements, g: AttentionGeometry, sums: Value, counts: Value) -> Value:
     """``[batch, kv_heads, head_dim, N]``."""
-    keys = s.cast("key", TensorProto.FLOAT)
-    if mask is not None:
-        keys = s("Mul", keys, s("Unsqueeze", mask, [2]))
-    padded = s("Pad", keys, s.shape(0, 0, 0, 0, tail, 0))
-    sums = s("ReduceSum", s("Reshape", padded, [0, -1, form.block, g.kv_heads * g.head_dim]), [2], keepdims=0)
     heads = s("Transpose", s("Reshape", sums, [0, -1, g.kv_heads, g.head_dim]), perm="[0, 2, 3, 1]")
     return s("Div", heads, s("Unsqueeze", s("Max", counts, 1.0), [1, 2]), to="key_means")
 

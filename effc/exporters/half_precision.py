@@ -36,7 +36,7 @@ _TYPED = {"Cast": "to", "EyeLike": "dtype", "Range": "dtype"}
 # Operators beyond the standard that take half precision; effc's kernels sum in fp32.
 _WITH_KERNELS = ("SparseAttention", "LinearAttention", "RecurrentAttention", "BlockTopKAttention", "DistCollective")
 # Inputs of effc's operators whose type does not follow the query's.
-_OWN_TYPES = ("distance_bias", "distance_slope", "past_state", "past_normaliser")
+_OWN_TYPES = ("distance_bias", "distance_slope", "past_state", "past_normaliser", "key_sums")
 
 
 @dataclass
