@@ -63,8 +63,8 @@ def tensor(ids: np.ndarray) -> Any:
 def overhead(artifact: Path, length: int) -> None:
     """Wall and CPU time of one request at batch 1, by gRPC and by HTTP, less that of the same run in a direct session.
 
-    The three take turns; requests come from a process of their own, as they do in use. Beside them, the time of a
-    request that no model sees, which is the protocol's own.
+    The three take turns; requests come from processes of their own, one per protocol, as they do in use. Beside them,
+    the time of a request that no model sees, which is the protocol's own.
     """
     model = effc.load(artifact, threads=1)
     top = next(record.maximum for record in model.manifest.inputs if record.name == "input_ids") or 1
@@ -73,9 +73,11 @@ def overhead(artifact: Path, length: int) -> None:
     output = min(model.manifest.outputs, key=lambda record: len(record.shape)).name
     wall: dict[str, list[float]] = {name: [] for name in ("direct", *REQUESTS)}
     spent: dict[str, list[float]] = {"direct": [], "gRPC": [], "HTTP": []}
+    pool = multiprocessing.get_context("spawn").Pool
     with (
         served(artifact, threads=1, batch_delay_us=0) as server,
-        multiprocessing.get_context("spawn").Pool(1, connect, (server.grpc, server.http, ids, output)) as client,
+        pool(1, connect_grpc, (server.grpc, ids, output)) as by_grpc,
+        pool(1, connect_http, (server.http, ids, output)) as by_http,
     ):
         for _ in range(200):
             for name in wall:
@@ -85,6 +87,7 @@ def overhead(artifact: Path, length: int) -> None:
                     model(input_ids=ids)
                     wall[name].append(1000 * (time.perf_counter() - start))
                 else:
+                    client = by_grpc if name.startswith("gRPC") else by_http
                     wall[name].append(client.apply(timed, (name,)))
                 if name in spent:
                     spent[name].append(
@@ -102,20 +105,20 @@ def overhead(artifact: Path, length: int) -> None:
         print(line)
 
 
-def connect(grpc_url: str, http_url: str, ids: np.ndarray, output: str) -> None:
-    """What the client's process can be asked to time."""
+def connect_grpc(url: str, ids: np.ndarray, output: str) -> None:
+    """What a client's process that speaks gRPC can be asked to time."""
     wanted, given = [grpc.InferRequestedOutput(output)], tensor(ids)
-    client = grpc.InferenceServerClient(grpc_url)
-    host, port = http_url.split(":")
+    client = grpc.InferenceServerClient(url)
+    _CALLS["gRPC"] = lambda: client.infer("m_model", [given], outputs=wanted)
+    _CALLS["gRPC, no model"] = client.is_server_live
+
+
+def connect_http(url: str, ids: np.ndarray, output: str) -> None:
+    """What a client's process that speaks HTTP can be asked to time."""
+    host, port = url.split(":")
     connection = http.client.HTTPConnection(host, int(port))
-    _CALLS.update(
-        {
-            "gRPC": lambda: client.infer("m_model", [given], outputs=wanted),
-            "HTTP": lambda: ask_http(connection, "m_model", ids, output),
-            "gRPC, no model": client.is_server_live,
-            "HTTP, no model": lambda: get_http(connection, "/v2/health/live"),
-        }
-    )
+    _CALLS["HTTP"] = lambda: ask_http(connection, "m_model", ids, output)
+    _CALLS["HTTP, no model"] = lambda: get_http(connection, "/v2/health/live")
 
 
 def timed(name: str) -> float:
