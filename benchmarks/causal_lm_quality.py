@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from packaged import smollm2
 
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.passes.attention_settings import AttentionSection
 

@@ -22,11 +22,11 @@ import torch
 from packaged import smollm2
 
 import effc
+from effc.compiler.compiled_model import CompiledModel
 from effc.compiler.generation import Generator
 from effc.compiler.generation_memory import Memory
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
-from effc.compiler.runtime import CompiledModel
+from effc.compiler.rewrite import rewrite
 from effc.compiler.session import session_options
 from effc.compiler.source import load, locate
 from effc.passes.attention_settings import AttentionSection

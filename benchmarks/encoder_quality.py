@@ -20,8 +20,8 @@ import torch
 from packaged import minilm, review_rows
 from sentiment import accuracy, embed, fit_head, predict
 
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.passes.attention_settings import AttentionSection
 

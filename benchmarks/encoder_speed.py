@@ -28,10 +28,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 import effc
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.bench_process import Worker
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.machine import usable_cores
-from effc.compiler.runtime import loadable_native_library, read_manifest
+from effc.compiler.native_choice import loadable_native_library
 from effc.compiler.twin import dense_twin
 from effc.exporters.onnx_graph import export_onnx, save_onnx
 

@@ -32,9 +32,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import effc
 from effc.compiler.metrics import pool
-from effc.compiler.pipeline import rewrite
 from effc.compiler.positions import extend_positions, thin_positions
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import load, locate
 from effc.passes.attention_settings import AttentionSection
 from effc.passes.positions_settings import METHODS, PositionsSection

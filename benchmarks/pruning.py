@@ -38,8 +38,8 @@ from effc.compiler.exported import export_now
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.inputs import graph_inputs, ragged_inputs
 from effc.compiler.machine import usable_cores
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection, build_recipe
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection

@@ -32,9 +32,9 @@ from sentiment import accuracy, fit_head
 
 from effc.compiler.exported import exported_graph
 from effc.compiler.metrics import pool
-from effc.compiler.pipeline import rewrite
 from effc.compiler.quality import token_losses
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.session import session_options
 from effc.compiler.source import SourceModel, load, locate
 from effc.exporters.onnx_graph import save_onnx

@@ -30,9 +30,9 @@ from sentiment import accuracy, embed, fit_head
 
 from effc.compiler.compress import Compression, Probe, run_torch
 from effc.compiler.inputs import ragged_inputs
-from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import ModelSection, build_recipe
 from effc.compiler.recover import Recovery, recover
+from effc.compiler.rewrite import observe_attention, rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.passes.prune_settings import parse_step
 

@@ -18,8 +18,8 @@ from packaged import smollm2
 import effc
 from effc.compiler.inputs import ragged_inputs
 from effc.compiler.metrics import deviation
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import load, locate
 from effc.passes.attention_settings import AttentionSection
 

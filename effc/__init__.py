@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from effc.compiler.bench import bench as bench
     from effc.compiler.compare import Comparison as Comparison
     from effc.compiler.compare import compare as compare
+    from effc.compiler.compiled_model import CompiledModel as CompiledModel
     from effc.compiler.distill import Distilled as Distilled
     from effc.compiler.distill import distill as distill
     from effc.compiler.pipeline import Artifact as Artifact
     from effc.compiler.pipeline import compile as compile
     from effc.compiler.pruned_checkpoint import load_checkpoint as load_checkpoint
-    from effc.compiler.runtime import CompiledModel as CompiledModel
     from effc.compiler.runtime import load as load
     from effc.compiler.verify import verify as verify
     from effc.plugins.native import native_library as native_library
@@ -43,7 +43,7 @@ _EXPORTS = {
     "distill": "effc.compiler.distill",
     "Distilled": "effc.compiler.distill",
     "load_checkpoint": "effc.compiler.pruned_checkpoint",
-    "CompiledModel": "effc.compiler.runtime",
+    "CompiledModel": "effc.compiler.compiled_model",
     "load": "effc.compiler.runtime",
     "attention_forms": "effc.compiler.attention_pictures",
     "attention_mass": "effc.compiler.attention_mass",

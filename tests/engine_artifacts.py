@@ -17,13 +17,13 @@ import onnx_ir as ir
 import tiny_checkpoints
 
 import effc
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.engine_profiles import make_profiles
 from effc.compiler.engine_sources import generation_sources
 from effc.compiler.exported import exported_graph
 from effc.compiler.manifest import EngineGraphRecord, EngineRecord, EnginesRecord, FileRecord, TensorRecord
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import build_recipe
-from effc.compiler.runtime import read_manifest
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import load, locate
 from effc.exporters.engine_caches import half_caches
 from effc.exporters.engine_graph import make_engine_graph, save_engine_graph

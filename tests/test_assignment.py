@@ -20,9 +20,9 @@ from effc.compiler.calibrate_forms import calibrate_forms
 from effc.compiler.exported import describe_layers, export_now, restore_source_attention
 from effc.compiler.kernels import BODY, UNKNOWN, attention_kernels, operator_nodes
 from effc.compiler.manifest import AttentionLayer
-from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import Recipe, build_recipe, merge
 from effc.compiler.recovery import refuse_untrained
+from effc.compiler.rewrite import observe_attention, rewrite
 from effc.compiler.session import KernelEvent
 from effc.compiler.source import SourceModel, load, locate
 from effc.errors import PreconditionError, UsageError

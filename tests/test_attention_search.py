@@ -20,9 +20,9 @@ from effc.compiler.attention_search import resolved, search
 from effc.compiler.calibration_text import CalibrationText, calibration_text
 from effc.compiler.choose_layers import Option, Step, efficient_steps, within_budget
 from effc.compiler.manifest import AttentionSearch
-from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import Recipe, build_recipe
 from effc.compiler.report_plots import sensitivity
+from effc.compiler.rewrite import observe_attention, rewrite
 from effc.compiler.sensitivity import Effect, measure_effects
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.verify import torch_runner

@@ -14,11 +14,11 @@ import pytest
 from tiny_artifacts import LAYER, VOCABULARY, image_artifact, make_artifact, token_manifest, token_model
 
 import effc
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.bench import bench, choose_lengths, measure
 from effc.compiler.bench_process import Candidate, Worker
 from effc.compiler.bench_ratios import break_even
 from effc.compiler.feeds import TensorSpec, random_inputs
-from effc.compiler.runtime import read_manifest
 from effc.errors import EffcError, OutputError, UsageError
 
 TOKENS = [

@@ -15,11 +15,11 @@ from generation_cases import ToyModel, prompts
 
 import effc
 from effc import cli
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.bench_ratios import unmet_speed
 from effc.compiler.decode_steps import SharedCacheSteps
 from effc.compiler.generation_memory import Memory
 from effc.compiler.report import render_report
-from effc.compiler.runtime import read_manifest
 from effc.compiler.twin import dense_decode_twin
 from effc.errors import PreconditionError, UsageError
 from effc.exporters.decode_twin import add_shared_caches, dense_window

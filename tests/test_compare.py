@@ -13,6 +13,7 @@ from test_report import bench_record, full_manifest
 import effc
 from effc import cli
 from effc.compiler.compare import DENSE, Comparison
+from effc.compiler.manifest import Manifest, SpeedRecord
 from effc.errors import OutputError, UsageError
 
 DENSE_MS = {128: 40.0, 512: 200.0}
@@ -107,6 +108,59 @@ def test_files(three: list[Path], tmp_path: Path) -> None:
         found.save(tmp_path / "out.pdf")
     with pytest.raises(OutputError, match="cannot be written"):
         found.save(tmp_path / "nowhere" / "out.md")
+
+
+@pytest.fixture
+def writers(tmp_path: Path) -> list[Path]:
+    """Two artifacts that were measured writing, at different places, and one that was not."""
+    paths = [artifact(tmp_path, name, {512: 100}, 0.01) for name in ("window", "linear", "silent")]
+    for path, dense, compiled in (
+        (paths[0], {128: 12, 512: 30}, {128: 10, 512: 20}),
+        (paths[1], {2048: 90}, {2048: 9}),
+    ):
+        manifest = Manifest.model_validate_json((path / "effc.json").read_text())
+        assert manifest.benchmark is not None
+        record = bench_record(dense, compiled).model_dump()
+        manifest.benchmark.decode = SpeedRecord(**{name: record[name] for name in SpeedRecord.model_fields})
+        (path / "effc.json").write_text(manifest.model_dump_json())
+    return paths
+
+
+def test_what_a_token_costs(writers: list[Path], tmp_path: Path) -> None:
+    found = effc.compare(writers)
+    assert found.token_places == [128, 512, 2048]
+    named = {one.name: one for one in found.contenders}
+    assert named["window"].token_ms == {"128": 10, "512": 20}
+    assert named["window"].token_speedup == pytest.approx({"128": 1.2, "512": 1.5})
+    # The dense model has every place, and is the twin that was measured beside.
+    assert named[DENSE].token_ms == {"128": 12, "512": 30, "2048": 90} and set(named[DENSE].token_speedup.values()) == {
+        1
+    }
+    assert named["silent"].token_ms == {} and named["silent"].token(128) == "–"
+    table = found.markdown().splitlines()
+    assert table[0].endswith("| model | token at 128 | token at 512 | token at 2,048 |")
+    assert {line.count("|") for line in table if line.startswith("|")} == {10}
+    assert any("window" in line and line.endswith("| 10.0 ms, 1.20× | 20.0 ms, 1.50× | – |") for line in table)
+    assert any("linear" in line and line.endswith("| – | – | 9.00 ms, 10.0× |") for line in table)
+    assert "CPU time to write the token" in found.caption
+    html = found.html()
+    assert html.count(">token at ") == 3 and "20.0 ms, 1.50×" in html
+    assert json.loads(found.json())["contenders"][0]["token_ms"]["2048"] == 90
+
+
+def test_no_column_where_none_writes(three: list[Path]) -> None:
+    found = effc.compare(three)
+    assert found.token_places == []
+    for text in (found.markdown(), found.html()):
+        assert ">token at" not in text and "| token at" not in text and "write the token" not in text
+
+
+def test_the_command_shows_what_a_token_costs(writers: list[Path], capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["compare", *map(str, writers)])
+    printed = capsys.readouterr().out
+    assert "token at 2,048" in printed and "20.0 ms, 1.50x" in printed
 
 
 def test_command(three: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:

@@ -11,8 +11,9 @@ import tiny_checkpoints
 import torch
 
 import effc
-from effc.compiler.pipeline import Artifact, rewrite
+from effc.compiler.pipeline import Artifact
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.passes.attention_settings import AttentionSection
 

@@ -16,10 +16,10 @@ from test_report import full_manifest
 import effc
 from effc.cli import main
 from effc.compiler.manifest import PassRecord
-from effc.compiler.pipeline import observe_attention, rewrite
 from effc.compiler.recipe import ModelSection, build_recipe, merge
 from effc.compiler.recover import RECOVER, Recovery, recover
 from effc.compiler.report import render_report
+from effc.compiler.rewrite import observe_attention, rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.errors import DataError, PreconditionError, UsageError
 from effc.passes.attention_settings import AttentionSection

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 import effc
-from effc.compiler import doctor, machine
-from effc.compiler.doctor import TESTED, Check, DoctorReport, diagnose, render
+from effc.compiler import doctor_machine, doctor_packages, machine
+from effc.compiler.doctor import diagnose
+from effc.compiler.doctor_packages import TESTED, Package
+from effc.compiler.doctor_report import Check, DoctorReport, render
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +69,24 @@ class TestDiagnosis:
 
 
 class TestPackages:
-    def package(self, module: str, *, needs_gpu: bool = False, probe: str = "") -> doctor._Package:
-        return doctor._Package(module, module, "Run", "testing", "pip install it", probe, needs_gpu)
+    def package(self, module: str, *, needs_gpu: bool = False, probe: str = "") -> Package:
+        return Package(module, module, "Run", "testing", "pip install it", probe, needs_gpu)
 
     def test_absent(self) -> None:
-        check = doctor._package(self.package("effc_absent"), has_gpu=False)
+        check = doctor_packages.check_package(self.package("effc_absent"), has_gpu=False)
         assert (check.status, check.version, check.command) == ("missing", None, "pip install it")
 
     def test_absent_and_of_no_use_without_a_gpu(self) -> None:
-        check = doctor._package(self.package("effc_absent", needs_gpu=True), has_gpu=False)
+        check = doctor_packages.check_package(self.package("effc_absent", needs_gpu=True), has_gpu=False)
         assert (check.status, check.detail) == ("n/a", "needs an NVIDIA GPU")
-        assert doctor._package(self.package("effc_absent", needs_gpu=True), has_gpu=True).status == "missing"
+        assert (
+            doctor_packages.check_package(self.package("effc_absent", needs_gpu=True), has_gpu=True).status == "missing"
+        )
 
     def test_present_and_chatty(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake_package(tmp_path, "effc_chatty", "print('hello'); __version__ = '1.2.3'")
         monkeypatch.syspath_prepend(tmp_path)
-        check = doctor._package(self.package("effc_chatty"), has_gpu=False)
+        check = doctor_packages.check_package(self.package("effc_chatty"), has_gpu=False)
         assert (check.status, check.version) == ("ok", "1.2.3")
 
     @pytest.mark.parametrize(
@@ -95,22 +99,24 @@ class TestPackages:
     def test_broken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str) -> None:
         fake_package(tmp_path, "effc_broken", source)
         monkeypatch.syspath_prepend(tmp_path)
-        check = doctor._package(self.package("effc_broken"), has_gpu=False)
+        check = doctor_packages.check_package(self.package("effc_broken"), has_gpu=False)
         assert check.status == "broken" and reason in str(check.detail)
         # A package that only refuses to be imported without a GPU is not in need of repair.
-        assert doctor._package(self.package("effc_broken", needs_gpu=True), has_gpu=False).status == "n/a"
-        assert doctor._package(self.package("effc_broken", needs_gpu=True), has_gpu=True).status == "broken"
+        assert doctor_packages.check_package(self.package("effc_broken", needs_gpu=True), has_gpu=False).status == "n/a"
+        assert (
+            doctor_packages.check_package(self.package("effc_broken", needs_gpu=True), has_gpu=True).status == "broken"
+        )
 
     def test_hanging(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake_package(tmp_path, "effc_hanging", "import time; time.sleep(60)")
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(doctor, "_SECONDS_PER_PROBE", 0.5)
-        check = doctor._package(self.package("effc_hanging"), has_gpu=False)
+        monkeypatch.setattr(doctor_packages, "SECONDS_PER_PROBE", 0.5)
+        check = doctor_packages.check_package(self.package("effc_hanging"), has_gpu=False)
         assert (check.status, check.detail) == ("broken", "no answer within 0.5 s")
 
     def test_torch_and_transformers_may_be_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = doctor.find_spec
-        monkeypatch.setattr(doctor, "find_spec", lambda n: None if n in ("torch", "transformers") else real(n))
+        real = doctor_packages.find_spec
+        monkeypatch.setattr(doctor_packages, "find_spec", lambda n: None if n in ("torch", "transformers") else real(n))
         report = diagnose()
         assert report["torch"].status == report["transformers"].status == "missing"
         assert "pip install --upgrade effc   # torch, transformers" in text_of(report)
@@ -121,18 +127,18 @@ class TestNativeLibrary:
         broken = tmp_path / "effc.so"
         broken.write_bytes(b"not a library")
         monkeypatch.setenv("EFFC_NATIVE_LIBRARY", str(broken))
-        check = doctor._native_library()
+        check = doctor_machine.check_native_library()
         assert check.status == "broken"
         assert str(broken) in str(check.detail) and "slower" in str(check.detail)
 
     def test_disabled_or_misnamed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("EFFC_NATIVE", "0")
-        check = doctor._native_library()
+        check = doctor_machine.check_native_library()
         assert check.status == "missing" and "disabled by EFFC_NATIVE=0" in str(check.detail)
         assert check.command == "Unset that variable to use them."
         monkeypatch.setenv("EFFC_NATIVE", "1")
         monkeypatch.setenv("EFFC_NATIVE_LIBRARY", str(tmp_path / "absent"))
-        assert "which is not a file" in str(doctor._native_library().detail)
+        assert "which is not a file" in str(doctor_machine.check_native_library().detail)
 
 
 class TestGpu:
@@ -144,7 +150,7 @@ class TestGpu:
 
     def test_answering(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fake_smi(tmp_path, monkeypatch, "echo 'NVIDIA L4, 580.65.06, 23034 MiB, 8.9'")
-        check = doctor._gpu()
+        check = doctor_machine.check_gpu()
         assert (check.status, check.version, check.command) == ("ok", "driver 580.65.06", None)
         assert check.detail == "NVIDIA L4 (23034 MiB, compute capability 8.9)"
 
@@ -153,20 +159,22 @@ class TestGpu:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int, status: str
     ) -> None:
         self.fake_smi(tmp_path, monkeypatch, "echo 'NVIDIA-SMI has failed' >&2; exit 9")
-        monkeypatch.setattr(doctor, "_nvidia_devices", lambda: devices)
-        check = doctor._gpu()
+        monkeypatch.setattr(doctor_machine, "nvidia_devices", lambda: devices)
+        check = doctor_machine.check_gpu()
         assert check.status == status and "NVIDIA-SMI has failed" in str(check.detail)
 
     @pytest.mark.parametrize(("devices", "status"), [(2, "missing"), (0, "n/a")])
     def test_no_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int, status: str) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.setattr(doctor, "_nvidia_devices", lambda: devices)
-        assert doctor._gpu().status == status
+        monkeypatch.setattr(doctor_machine, "nvidia_devices", lambda: devices)
+        assert doctor_machine.check_gpu().status == status
 
     def test_onnxruntime_over_onnxruntime_gpu_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.31.1")
-        monkeypatch.setattr(doctor, "_import", lambda package: ({"providers": ["CPUExecutionProvider"]}, None))
-        check = doctor._onnxruntime_gpu(has_gpu=True)
+        monkeypatch.setattr(doctor_machine.metadata, "version", lambda name: "1.31.1")
+        monkeypatch.setattr(
+            doctor_machine, "import_package", lambda package: ({"providers": ["CPUExecutionProvider"]}, None)
+        )
+        check = doctor_machine.check_onnxruntime_gpu(has_gpu=True)
         assert check.status == "broken" and "onnxruntime is installed over it" in str(check.detail)
         assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(check.command)
 

@@ -16,12 +16,12 @@ from generation_cases import ToyModel
 
 import effc
 from effc.compiler import engine_choice
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.engine_device import TorchDevice
 from effc.compiler.engine_records import Engine, Engines, longest_text, most_rows
 from effc.compiler.engine_rows import EngineRows
 from effc.compiler.engine_runner import EngineRunner
 from effc.compiler.engine_runtime import EngineModel
-from effc.compiler.runtime import read_manifest
 from effc.compiler.sampling import SamplingSettings
 from effc.errors import MissingDependencyError, PreconditionError, UsageError
 from effc.exporters.engine_caches import pads_in_front

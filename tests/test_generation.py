@@ -25,8 +25,8 @@ import effc
 from effc import cli
 from effc.compiler.generation import Prompt, align_left_padded
 from effc.compiler.generation_memory import Memory
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import load, locate
 from effc.errors import OutputError, UsageError
 from effc.exporters.generation_derive import keep_last_position, take_positions

@@ -15,7 +15,7 @@ from effc import cli
 from effc.compiler.generation_memory import Memory
 from effc.compiler.generation_rows import JointRows
 from effc.compiler.recipe import build_recipe
-from effc.compiler.report import command_line
+from effc.compiler.report_command import command_line
 from effc.errors import UsageError
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.reference import attend

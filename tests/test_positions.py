@@ -274,7 +274,7 @@ def test_what_follows_from_the_length_is_changed_with_it(tmp_path):
 
 
 def test_extended_and_sparse_tables_together(tmp_path):
-    from effc.compiler.pipeline import rewrite
+    from effc.compiler.rewrite import rewrite
 
     source = source_of(tmp_path, "BertModel")
     extend_positions(source, PositionsSection(max_length=500, sparse=True))
@@ -320,7 +320,7 @@ def test_a_model_compiled_for_longer_texts(kind, attention, positions, tmp_path,
     outputs = model(input_ids=ids)
     source = load(locate(ModelSection(path=str(checkpoint))))
     extend_positions(source, PositionsSection(**positions), AttentionSection(pattern=attention))
-    from effc.compiler.pipeline import rewrite
+    from effc.compiler.rewrite import rewrite
 
     layers = rewrite(source, AttentionSection(pattern=attention)).layers
     if positions.get("sparse"):

@@ -20,7 +20,7 @@ from effc.compiler.exported import export_key
 from effc.compiler.inputs import ragged_inputs
 from effc.compiler.pruned_checkpoint import save_checkpoint
 from effc.compiler.recipe import ModelSection, build_recipe
-from effc.compiler.report import command_line
+from effc.compiler.report_command import command_line
 from effc.compiler.source import load, locate
 from effc.compiler.twin import dense_twin
 from effc.errors import DataError, PreconditionError, SourceModelError

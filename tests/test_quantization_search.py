@@ -17,10 +17,10 @@ from effc.compiler.calibration_text import CalibrationText, random_text
 from effc.compiler.exported import export_now
 from effc.compiler.fewest_kept import fewest_kept
 from effc.compiler.layer_places import find_places
-from effc.compiler.pipeline import rewrite
 from effc.compiler.quantization_errors import CHANGE, KL, LayerErrors, layer_errors
 from effc.compiler.quantization_search import MeasuredChoices, search_quantization
 from effc.compiler.recipe import ModelSection
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.exporters.onnx_graph import save_onnx
 from effc.passes.attention_settings import AttentionSection

@@ -12,9 +12,9 @@ import tiny_checkpoints
 from attention_cases import expected, one_node_model, random_inputs, session
 
 import effc
+from effc.compiler.artifact_files import GENERATION_NAME, MODEL_NAME
 from effc.compiler.recipe import build_recipe
-from effc.compiler.report import command_line
-from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
+from effc.compiler.report_command import command_line
 from effc.errors import PreconditionError, UsageError
 from effc.exporters.engine_graph import EngineGraph, Precision, make_engine_graph
 from effc.passes.quantize import quantize

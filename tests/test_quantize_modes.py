@@ -489,7 +489,7 @@ def test_auto_keeps_what_the_budget_needs(llama: Path, texts: Path, tmp_path: Pa
 def test_flags_say_what_the_recipe_says(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from effc import cli
     from effc.compiler import pipeline
-    from effc.compiler.report import command_line
+    from effc.compiler.report_command import command_line
 
     seen: list[Any] = []
 

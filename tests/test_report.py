@@ -27,9 +27,11 @@ from effc.compiler.manifest import (
     VerifyRecord,
 )
 from effc.compiler.recipe import build_recipe
-from effc.compiler.report import command_line, judge, render_report, write_report
+from effc.compiler.report import render_report, write_report
+from effc.compiler.report_command import command_line
 from effc.compiler.report_page import cosine, milliseconds, number, times
 from effc.compiler.report_plots import probe_series, visibility
+from effc.compiler.report_verdict import judge
 from effc.errors import OutputError
 from effc.plugins.forms.registry import parse_pattern
 

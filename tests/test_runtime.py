@@ -14,10 +14,10 @@ import pytest
 from tiny_artifacts import LAYER, VOCABULARY, WIDTH, image_artifact, make_artifact, manifest_for
 
 import effc
-from effc.compiler import runtime
+from effc.compiler.artifact_files import check_files, read_manifest
+from effc.compiler.compiled_model import CompiledModel
 from effc.compiler.kernels import BODY, NATIVE, UNFUSED, UNKNOWN, attention_kernels, linear_kernels
 from effc.compiler.manifest import AttentionLayer
-from effc.compiler.runtime import check_files, read_manifest
 from effc.compiler.session import KernelEvent
 from effc.errors import EffcError, MissingDependencyError, OutputError, UsageError
 
@@ -30,7 +30,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(artifact: Path) -> runtime.CompiledModel:
+def model(artifact: Path) -> CompiledModel:
     return effc.load(artifact, threads=1)
 
 
@@ -47,14 +47,14 @@ def plain_run(artifact: Path, **feeds: np.ndarray) -> list[np.ndarray]:
 
 
 class TestOutputs:
-    def test_equal_those_of_plain_onnxruntime(self, artifact: Path, model: runtime.CompiledModel) -> None:
+    def test_equal_those_of_plain_onnxruntime(self, artifact: Path, model: CompiledModel) -> None:
         mask, types = np.array([[1, 1, 1, 0], [1, 1, 1, 1]]), np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
         expected = plain_run(artifact, input_ids=IDS, attention_mask=mask, token_type_ids=types)
         outputs = model(input_ids=IDS, attention_mask=mask, token_type_ids=types)
         for got, want in zip(outputs.to_tuple(), expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
-    def test_are_reached_by_name_attribute_and_position(self, model: runtime.CompiledModel) -> None:
+    def test_are_reached_by_name_attribute_and_position(self, model: CompiledModel) -> None:
         outputs = model(input_ids=IDS)
         assert list(outputs) == ["last_hidden_state", "pooler_output"] == model.output_names
         assert outputs[0] is outputs["last_hidden_state"] is outputs.last_hidden_state
@@ -66,13 +66,13 @@ class TestOutputs:
         with pytest.raises(KeyError):
             _ = outputs["logits"]
 
-    def test_can_be_copied(self, model: runtime.CompiledModel) -> None:
+    def test_can_be_copied(self, model: CompiledModel) -> None:
         import copy
 
         outputs = model(input_ids=IDS)
         np.testing.assert_array_equal(copy.deepcopy(outputs).pooler_output, outputs.pooler_output)
 
-    def test_are_torch_tensors_where_torch_went_in(self, model: runtime.CompiledModel) -> None:
+    def test_are_torch_tensors_where_torch_went_in(self, model: CompiledModel) -> None:
         torch = pytest.importorskip("torch")
         outputs = model(input_ids=torch.tensor(IDS), attention_mask=torch.ones(2, 4, dtype=torch.bool))
         assert isinstance(outputs.last_hidden_state, torch.Tensor)
@@ -80,20 +80,20 @@ class TestOutputs:
 
 
 class TestInputs:
-    def test_missing_mask_is_ones_and_missing_types_are_zeros(self, model: runtime.CompiledModel) -> None:
+    def test_missing_mask_is_ones_and_missing_types_are_zeros(self, model: CompiledModel) -> None:
         given = model(input_ids=IDS, attention_mask=np.ones_like(IDS), token_type_ids=np.zeros_like(IDS))
         np.testing.assert_array_equal(model(input_ids=IDS)[0], given[0])
         assert not np.array_equal(model(input_ids=IDS, token_type_ids=np.ones_like(IDS))[0], given[0])
 
     @pytest.mark.parametrize("dtype", ["int32", "uint8", "int16"])
-    def test_other_integers_are_cast(self, model: runtime.CompiledModel, dtype: str) -> None:
+    def test_other_integers_are_cast(self, model: CompiledModel, dtype: str) -> None:
         np.testing.assert_array_equal(model(input_ids=IDS.astype(dtype))[0], model(input_ids=IDS)[0])
 
-    def test_lists_and_none_are_accepted(self, model: runtime.CompiledModel) -> None:
+    def test_lists_and_none_are_accepted(self, model: CompiledModel) -> None:
         outputs = model(input_ids=IDS.tolist(), attention_mask=None)
         np.testing.assert_array_equal(outputs[0], model(input_ids=IDS)[0])
 
-    def test_what_a_tokenizer_gives_beside_is_dropped(self, model: runtime.CompiledModel) -> None:
+    def test_what_a_tokenizer_gives_beside_is_dropped(self, model: CompiledModel) -> None:
         outputs = model(input_ids=IDS, special_tokens_mask=np.ones_like(IDS), length=[4, 4])
         np.testing.assert_array_equal(outputs[0], model(input_ids=IDS)[0])
 
@@ -125,12 +125,12 @@ class TestInputs:
         ],
     )
     def test_wrong_inputs_are_refused_by_name(
-        self, model: runtime.CompiledModel, inputs: dict[str, object], message: str
+        self, model: CompiledModel, inputs: dict[str, object], message: str
     ) -> None:
         with pytest.raises(UsageError, match=message):
             model(**inputs)
 
-    def test_the_longest_length_is_taken(self, model: runtime.CompiledModel) -> None:
+    def test_the_longest_length_is_taken(self, model: CompiledModel) -> None:
         assert model(input_ids=np.zeros((1, 64), int))[0].shape == (1, 64, WIDTH)
 
     def test_a_fixed_image_size_is_checked(self, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ class TestLoad:
         with pytest.raises(UsageError, match="CPUExecutionProvide'.*Did you mean 'CPUExecutionProvider'.*effc.gpu"):
             effc.load(artifact, providers=["CPUExecutionProvide"])
 
-    def test_many_threads_may_call(self, model: runtime.CompiledModel) -> None:
+    def test_many_threads_may_call(self, model: CompiledModel) -> None:
         batches = [np.full((1, 1 + i % 5), i) for i in range(24)]
         expected = [model(input_ids=batch)[0] for batch in batches]
         got: dict[int, np.ndarray] = {}

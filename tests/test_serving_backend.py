@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import effc
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.feeds import TensorSpec
-from effc.compiler.runtime import read_manifest
 from effc.errors import EffcError, OutputError, UsageError
 from effc.serving.backend.forward import Forward, ForwardSettings
 from effc.serving.backend.heads import classify, embed, labels_of, tag

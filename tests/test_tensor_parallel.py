@@ -15,8 +15,8 @@ from effc.compiler.engine_proof import graph_error
 from effc.compiler.engine_ranks import divide
 from effc.compiler.exported import exported_graph
 from effc.compiler.inputs import ragged_inputs
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import ModelSection, build_recipe
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.errors import MissingDependencyError, PreconditionError, UsageError
 from effc.exporters.onnx_graph import save_onnx

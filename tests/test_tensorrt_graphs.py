@@ -22,8 +22,8 @@ from effc.compiler.exported import exported_graph
 from effc.compiler.generation import Prompt
 from effc.compiler.inputs import ragged_inputs
 from effc.compiler.manifest import AttentionLayer
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import build_recipe
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import SourceModel, load, locate
 from effc.errors import PassFailedError, PreconditionError
 from effc.exporters.engine_build import Request, build_engine

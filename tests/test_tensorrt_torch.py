@@ -14,8 +14,8 @@ import torch
 from effc.compiler import engine_torch
 from effc.compiler.engine_check import check_engine
 from effc.compiler.inputs import dynamic_axes, ragged_inputs
-from effc.compiler.pipeline import rewrite
 from effc.compiler.recipe import build_recipe
+from effc.compiler.rewrite import rewrite
 from effc.compiler.source import load, locate
 from effc.errors import PreconditionError, UsageError
 from effc.exporters.engine_torch import export_program, moved

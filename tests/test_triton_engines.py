@@ -18,15 +18,16 @@ import pytest
 from test_triton_repository import artifact
 
 from effc.cli import main
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.manifest import EngineRecord, EnginesRecord, FileRecord
-from effc.compiler.runtime import read_manifest
 from effc.errors import UsageError
 from effc.exporters.triton_config import Instances, Tensor, parse_config
 from effc.serving.deployment import plan_artifact
 from effc.serving.engines import EngineSet, Profile, engine_set, write_engines
 from effc.serving.options import ServingOptions
 from effc.serving.packaged import ServerProgram
-from effc.serving.repository import check_repository, engine_flags, write_repository
+from effc.serving.repository import check_repository, write_repository
+from effc.serving.repository_record import engine_flags
 from effc.serving.server import Server
 
 pytest.importorskip("tritonclient.grpc")

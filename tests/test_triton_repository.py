@@ -16,15 +16,16 @@ from tokenizers.pre_tokenizers import Whitespace
 
 pytest.importorskip("tritonclient.grpc")
 
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.manifest import BenchRecord, Timing
-from effc.compiler.runtime import read_manifest
 from effc.errors import EffcError, OutputError, UsageError
 from effc.exporters.triton_config import Instances, parse_config
 from effc.serving.backend.version import HASHES_NAME, check_version, inside
 from effc.serving.deployment import plan_artifact
 from effc.serving.external_data import check_external_data
 from effc.serving.options import ServingOptions
-from effc.serving.repository import check_repository, use_version, use_version_text, write_repository
+from effc.serving.repository import check_repository, write_repository
+from effc.serving.repository_version import use_version, use_version_text
 
 
 def artifact(directory: Path, *, text: bool = False, times: dict[int, float] | None = None, work: int = 0) -> Path:

@@ -34,7 +34,9 @@ from effc.plugins.native import library_path
 from effc.serving.load_test import load_test
 from effc.serving.options import ServingOptions
 from effc.serving.packaged import install_packaged_server
-from effc.serving.repository import check_repository, use_version, wants_cache, write_repository
+from effc.serving.repository import check_repository, write_repository
+from effc.serving.repository_record import wants_cache
+from effc.serving.repository_version import use_version
 from effc.serving.server import Ports, Server
 
 grpc = pytest.importorskip("tritonclient.grpc")

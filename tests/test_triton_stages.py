@@ -19,7 +19,7 @@ pytest.importorskip("tritonclient.grpc")
 
 import effc
 from effc.cli import main
-from effc.compiler.runtime import read_manifest
+from effc.compiler.artifact_files import read_manifest
 from effc.errors import UsageError
 from effc.exporters.triton_config import Instances, parse_config
 from effc.serving.deployment import plan_artifact

@@ -6,7 +6,7 @@ adds the weights of those rows up. Neither a layer's weights nor a text's are ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from effc.compiler.attention_recorder import HeadSums, recording
 from effc.compiler.calibration_text import CalibrationText, calibration_text
+from effc.compiler.progress import Progress
 from effc.compiler.recipe import build_recipe
 from effc.errors import PassFailedError, PreconditionError, UsageError
 from effc.plugins.forms.base import AttentionForm
@@ -26,7 +27,6 @@ from effc.plugins.forms.registry import parse_form
 if TYPE_CHECKING:
     from effc.compiler.source import SourceModel
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_CANDIDATES = ("local:64", "local:128", "local:256", "local:512", "local:256|sinks:4", "local:256|global:1")
 # What the streaming function may differ from the model's own attention.
 _FAITHFUL = 1e-3
@@ -188,7 +188,7 @@ def _measure(
     model: str,
     progress: Progress | None,
 ) -> AttentionMass:
-    from effc.compiler.pipeline import observe_attention
+    from effc.compiler.rewrite import observe_attention
     from effc.compiler.verify import torch_runner
     from effc.passes.assign_attention import check_form, with_token_ids
 

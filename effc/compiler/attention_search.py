@@ -13,9 +13,11 @@ from effc.compiler.calibration_text import CalibrationText, calibration_text
 from effc.compiler.choose_heads import choose_streaming
 from effc.compiler.choose_layers import choose_layers
 from effc.compiler.manifest import AttentionSearch
+from effc.compiler.progress import Progress
 from effc.compiler.recipe import Recipe, build_recipe
-from effc.compiler.search_task import Progress, SearchTask, possible
-from effc.compiler.source import SourceModel
+from effc.compiler.rewrite import observe_attention
+from effc.compiler.search_task import SearchTask, possible
+from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.toolchain import toolchain
 from effc.errors import PreconditionError, UsageError
 from effc.passes.assign_attention import matching_layers
@@ -61,9 +63,6 @@ def search_attention(
         UsageError: if the request names forms only, so that nothing is left to choose.
         SourceModelError, DataError, PreconditionError: see each.
     """
-    from effc.compiler.pipeline import observe_attention
-    from effc.compiler.source import load, locate
-
     section = {"pattern": request, "candidates": list(candidates), "samples": samples, "max_length": max_length}
     values: dict[str, Any] = {
         "model": {"path": str(model), "task": task},

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from effc.compiler.artifact_files import MODEL_NAME, check_files, model_files, read_manifest
 from effc.compiler.bench_decode import bench_decode
 from effc.compiler.bench_process import DENSE_FORM_KEY, Candidate, Worker, take_turns
 from effc.compiler.bench_ratios import compared
@@ -21,7 +22,8 @@ from effc.compiler.feeds import TensorSpec
 from effc.compiler.kernels import attention_kernels, attention_summary, linear_kernels
 from effc.compiler.machine import describe_machine, usable_cores
 from effc.compiler.manifest import BenchRecord, Manifest, Timing
-from effc.compiler.runtime import MODEL_NAME, check_files, loadable_native_library, model_files, read_manifest
+from effc.compiler.native_choice import loadable_native_library
+from effc.compiler.progress import Progress
 from effc.compiler.session import KernelEvent, Profile
 from effc.compiler.twin import dense_decode_twin, dense_twin
 from effc.errors import PreconditionError, UsageError
@@ -29,9 +31,6 @@ from effc.errors import PreconditionError, UsageError
 DEFAULT_LENGTHS = (128, 512, 1024, 2048, 4096)
 SECONDS_PER_ROUND = 0.3
 """Work per model, length and round; a run that takes longer is done once."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, steps done, steps in all)``."""
 
 
 def bench(
@@ -85,31 +84,27 @@ def bench(
         twin = dense_twin(manifest)
     library = loadable_native_library() if native else None
     candidates = {"dense": Candidate(Path(twin)), "compiled": Candidate(directory / MODEL_NAME, library)}
-
     generation = manifest.generation if decode else None
-    steps = len(chosen) + 1 + (0 if generation is None else len(chosen) + 2)
-    if progress:
-        progress("which kernels run", 0, steps)
+    steps, told = len(chosen) + 1 + (0 if generation is None else len(chosen) + 2), count()
+
+    def tell(what: str) -> None:
+        if progress:
+            progress(what, next(told), steps)
+
+    tell("which kernels run")
     profiled = {
         name: profile(name, candidate, specs, batch=batch, length=chosen[0], threads=threads)
         for name, candidate in candidates.items()
     }
     timings: dict[str, dict[str, Timing]] = {name: {} for name in candidates}
-    for done, length in enumerate(chosen, start=1):
-        if progress:
-            progress(f"{length} tokens", done, steps)
+    for length in chosen:
+        tell(f"{length} tokens")
         for name, timing in measure(
             candidates, specs, length=length, batch=batch, rounds=rounds, threads=threads
         ).items():
             timings[name][str(length)] = timing
     written, why = None, None
     if generation is not None:
-        told = count(len(chosen) + 1)
-
-        def tell(what: str) -> None:
-            if progress:
-                progress(what, next(told), steps)
-
         tell("the dense model that writes")
         try:
             baseline = dense_decode_twin(manifest) if decode_twin is None else decode_twin()
@@ -129,7 +124,6 @@ def bench(
             )
     if progress:
         progress("done", steps, steps)
-
     events = profiled["compiled"].events
     return BenchRecord(
         **compared(timings["dense"], timings["compiled"]),

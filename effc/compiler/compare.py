@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from effc.compiler.artifact_files import read_manifest
 from effc.compiler.compare_plot import pareto
-from effc.compiler.manifest import BenchRecord, Manifest, VerifyRecord
-from effc.compiler.report import command_line, model_bytes
-from effc.compiler.report_page import number, page, size, times, write_page
-from effc.compiler.runtime import read_manifest
+from effc.compiler.manifest import BenchRecord, Manifest, Timing, VerifyRecord
+from effc.compiler.report import model_bytes
+from effc.compiler.report_command import command_line
+from effc.compiler.report_page import milliseconds, number, page, size, times, write_page
 from effc.errors import UsageError
 
 DENSE = "dense fp32"
@@ -28,6 +29,9 @@ class Contender:
         bytes: of the graph and its weights.
         quality_drop: in the comparison's metric, against the source model.
         on_front: no other one is faster and as good, or better and as fast.
+        token_ms: CPU time of the step that writes one token, by the tokens of the text it makes, as text; empty for a
+            model that does not write, or of which that was not measured.
+        token_speedup: that of the dense twin over it, both measured side by side.
     """
 
     name: str
@@ -38,6 +42,13 @@ class Contender:
     bytes: int
     quality_drop: float
     on_front: bool = False
+    token_ms: dict[str, float] = field(default_factory=dict)
+    token_speedup: dict[str, float] = field(default_factory=dict)
+
+    def token(self, place: int) -> str:
+        """What the token at a place of the text costs, in a cell of a table."""
+        key = str(place)
+        return f"{milliseconds(self.token_ms[key])}, {times(self.token_speedup[key])}" if key in self.token_ms else "–"
 
 
 @dataclass(frozen=True)
@@ -58,23 +69,39 @@ class Comparison:
     samples: int
     contenders: tuple[Contender, ...]
 
+    @property
+    def token_places(self) -> list[int]:
+        """Places of a text at which any of the artifacts was measured writing; none where none writes."""
+        return sorted({int(place) for one in self.contenders for place in one.token_ms})
+
     def markdown(self) -> str:
         """The table, for documents."""
+        head = ["artifact", "flags", "quality drop", "speed-up", "memory", "model"]
+        head += [f"token at {number(place)}" for place in self.token_places]
         rows = [
-            f"| {'**' if one.on_front else ''}{one.name}{'**' if one.on_front else ''} | {_code(one.flags)} "
-            f"| {one.quality_drop:.4f} | {times(one.speedup)} | {times(one.memory_ratio)} | {size(one.bytes)} |"
+            [
+                f"**{one.name}**" if one.on_front else one.name,
+                _code(one.flags),
+                f"{one.quality_drop:.4f}",
+                times(one.speedup),
+                times(one.memory_ratio),
+                size(one.bytes),
+                *(one.token(place) for place in self.token_places),
+            ]
             for one in self.contenders
         ]
-        head = ["| artifact | flags | quality drop | speed-up | memory | model |", "|---|---|---|---|---|---|"]
-        return "\n".join([*head, *rows, "", self.caption]) + "\n"
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+        lines.insert(1, "|---" * len(head) + "|")
+        return "\n".join([*lines, "", self.caption]) + "\n"
 
     @property
     def caption(self) -> str:
         """What was measured, in a sentence."""
+        written = "Under token at N: CPU time to write the token at that place of a text, and its speed-up. "
         return (
             f"{self.source}: quality drop is {self.metric} on {self.samples} samples; speed-up and memory are against "
             f"the dense twin at {number(self.length)} tokens, batch {self.batch}, {self.threads} threads. "
-            "In bold: no other one is both faster and better."
+            f"{written if self.token_places else ''}In bold: no other one is both faster and better."
         )
 
     def json(self) -> str:
@@ -125,7 +152,10 @@ def compare(artifacts: Sequence[str | Path], length: int | None = None) -> Compa
         _check_comparable(first, one)
     chosen = _length([bench for _, _, bench, _ in measured], length)
     dense = first[2].dense[chosen].cpu_ms
-    rows = [Contender(DENSE, "", 1.0, dense, 1.0, 4 * first[1].source.parameters, 0.0)]
+    written = _dense_tokens([bench for _, _, bench, _ in measured])
+    size_of_dense = 4 * first[1].source.parameters
+    as_fast = dict.fromkeys(written, 1.0)
+    rows = [Contender(DENSE, "", 1.0, dense, 1.0, size_of_dense, 0.0, token_ms=written, token_speedup=as_fast)]
     for name, (_, manifest, bench, verified) in zip(names, measured, strict=True):
         row = Contender(
             name,
@@ -135,6 +165,8 @@ def compare(artifacts: Sequence[str | Path], length: int | None = None) -> Compa
             bench.memory_ratio[chosen],
             model_bytes(manifest.files),
             verified.quality_drop,
+            token_ms={} if bench.decode is None else _cpu_ms(bench.decode.compiled),
+            token_speedup={} if bench.decode is None else bench.decode.speedup,
         )
         rows.append(row)
     ranked = [replace(row, on_front=_undominated(row, rows)) for row in sorted(rows, key=lambda row: row.speedup)]
@@ -197,6 +229,19 @@ def _length(benches: Sequence[BenchRecord], wanted: int | None) -> str:
     if not common:
         raise UsageError("They were timed at no common length.", "Run `effc bench DIRECTORY --lengths 512` for each.")
     return str(common[-1] if wanted is None else wanted)
+
+
+def _dense_tokens(benches: Sequence[BenchRecord]) -> dict[str, float]:
+    """What a token costs the dense twin, at every place at which any artifact was measured beside it."""
+    found: dict[str, float] = {}
+    for bench in benches:
+        if bench.decode is not None:
+            found = _cpu_ms(bench.decode.dense) | found
+    return found
+
+
+def _cpu_ms(timings: Mapping[str, Timing]) -> dict[str, float]:
+    return {length: timing.cpu_ms for length, timing in timings.items()}
 
 
 def _flags(manifest: Manifest) -> str:

@@ -20,8 +20,8 @@ from effc.compiler.distill_data import Collate, Data, material_of, text_collate
 from effc.compiler.distill_losses import LossChoice, Term, terms_of
 from effc.compiler.distill_record import Run, describe
 from effc.compiler.distill_run import is_first_process, run_distillation
-from effc.compiler.distill_trainer import Progress
 from effc.compiler.inputs import input_names
+from effc.compiler.progress import Progress
 from effc.compiler.recipe import ModelSection
 from effc.compiler.source import SourceModel, load, locate
 from effc.compiler.tasks import resolve_task

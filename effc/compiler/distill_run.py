@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +32,9 @@ from effc.compiler.distill_models import (
     zero_again,
 )
 from effc.compiler.distill_record import Run, Stage
-from effc.compiler.distill_trainer import Progress, train
-from effc.compiler.source import quiet
+from effc.compiler.distill_trainer import train
+from effc.compiler.progress import Progress
+from effc.compiler.source_errors import quiet
 from effc.errors import PreconditionError
 from effc.passes.distill_settings import DistillSettings
 from effc.passes.fake_quant import fake_quantized
@@ -73,27 +76,19 @@ def run_distillation(
     started, cpu = time.monotonic(), time.process_time()
     student.eval()
     teacher.eval()
-    example = _inputs(material)
     layers = untrained_layers(student)
-    needs_attention = any(ATTENTION in term.needs for term in terms)
-    share = settings.transfer if settings.transfer is not None else (_TRANSFER if layers else 0.0)
-    learning_rate = settings.learning_rate or (_BOLD if layers else _CAREFUL)
-    notes = []
-    if settings.transfer and not layers:
-        share = 0.0
-        notes.append("no layer has a form that needs training, so attention was not transferred by itself")
     vocabulary = Vocabulary(kept_tokens)
+    share, notes = _transfer_share(settings, layers)
     attention: tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]] = ({}, {})
-    if needs_attention or share:
-        attention = (
-            attention_modules(student, example),
-            attention_modules(teacher, vocabulary.inputs(example)),
-        )
+    if share or any(ATTENTION in term.needs for term in terms):
+        example = _inputs(material)
+        attention = (attention_modules(student, example), attention_modules(teacher, vocabulary.inputs(example)))
         if share and attention[0].keys() != attention[1].keys():
             share = 0.0
             notes.append("layers were removed, so attention was not transferred by itself")
-    pruned = keep_zeros(student)
-    after_step = (lambda: zero_again(student)) if pruned else None
+    after_step = (lambda: zero_again(student)) if keep_zeros(student) else None
+    course = _Course(material, settings, directory, callbacks, progress, after_step)
+    learning_rate = settings.learning_rate or (_BOLD if layers else _CAREFUL)
     imitation = Imitation(student, teacher, terms, attention, settings.activations == "offload", vocabulary)
     stages: list[Stage] = []
     with ExitStack() as stack:
@@ -108,20 +103,8 @@ def run_distillation(
             lesson = AttentionTransfer(layers, teacher, attention[1], vocabulary)
             parameters, of_forms = form_parameters(layers)
             with training(student, parameters):
-                stages.append(
-                    _stage(
-                        _TRANSFER_STAGE,
-                        lesson,
-                        material,
-                        settings,
-                        directory,
-                        share,
-                        settings.transfer_learning_rate if of_forms else learning_rate,
-                        callbacks,
-                        progress,
-                        after_step,
-                    )
-                )
+                rate = settings.transfer_learning_rate if of_forms else learning_rate
+                stages.append(course.stage(_TRANSFER_STAGE, lesson, share, rate))
         if share < 1:
             with ExitStack() as inner:
                 if settings.lora:
@@ -129,20 +112,7 @@ def run_distillation(
                 else:
                     parameters = chosen_parameters(student, settings)
                 with training(student, parameters):
-                    stages.append(
-                        _stage(
-                            _WHOLE_STAGE,
-                            imitation,
-                            material,
-                            settings,
-                            directory,
-                            1 - share,
-                            learning_rate,
-                            callbacks,
-                            progress,
-                            after_step,
-                        )
-                    )
+                    stages.append(course.stage(_WHOLE_STAGE, imitation, 1 - share, learning_rate))
         after = stages[-1].after if share < 1 else _held_out_loss(imitation, material, settings)
     _end_up(student, teacher)
     return Run(
@@ -158,59 +128,76 @@ def run_distillation(
     )
 
 
-def _stage(
-    name: str,
-    lesson: Lesson,
-    material: Material,
-    settings: DistillSettings,
-    directory: Path,
-    share: float,
-    learning_rate: float,
-    callbacks: Sequence[TrainerCallback],
-    progress: Progress | None,
-    after_step: Callable[[], None] | None,
-) -> Stage:
-    """Train one stage, or take over what it came to before the run was killed."""
-    done, record = directory / f"{name}.safetensors", directory / f"{name}.json"
-    parameters = {key: value for key, value in lesson.named_parameters() if value.requires_grad}
-    if record.is_file():
-        put_back(parameters, load_file(done))
-        return Stage(**json.loads(record.read_text()))
-    steps = None if settings.steps is None else max(1, round(settings.steps * share))
-    seconds = None if settings.time_budget is None else settings.time_budget * 60 * share
+def _transfer_share(settings: DistillSettings, layers: Mapping[str, nn.Module]) -> tuple[float, list[str]]:
+    """The share of the budget for transferring attention by itself, and why it is not what was asked for."""
+    if settings.transfer and not layers:
+        return 0.0, ["no layer has a form that needs training, so attention was not transferred by itself"]
+    return settings.transfer if settings.transfer is not None else (_TRANSFER if layers else 0.0), []
 
-    def told(what: str, part: float) -> None:
-        if progress:
-            progress(f"{name}: {what}", round(1000 * part), 1000)
 
-    history = train(
-        lesson,
-        material,
-        settings,
-        directory / name,
-        budget=Budget(steps, seconds),
-        learning_rate=learning_rate,
-        callbacks=callbacks,
-        progress=told,
-        after_step=after_step,
-    )
+@dataclass(frozen=True)
+class _Course:
+    """What all stages of one run share."""
+
+    material: Material
+    settings: DistillSettings
+    directory: Path
+    callbacks: Sequence[TrainerCallback]
+    progress: Progress | None
+    after_step: Callable[[], None] | None
+
+    def stage(self, name: str, lesson: Lesson, share: float, learning_rate: float) -> Stage:
+        """Train one stage, or take over what it came to before the run was killed.
+
+        Args:
+            share: of the budget.
+        """
+        done, record = self.directory / f"{name}.safetensors", self.directory / f"{name}.json"
+        parameters = {key: value for key, value in lesson.named_parameters() if value.requires_grad}
+        if record.is_file():
+            put_back(parameters, load_file(done))
+            return Stage(**json.loads(record.read_text()))
+        settings = self.settings
+        steps = None if settings.steps is None else max(1, round(settings.steps * share))
+        seconds = None if settings.time_budget is None else settings.time_budget * 60 * share
+
+        def told(what: str, part: float) -> None:
+            if self.progress:
+                self.progress(f"{name}: {what}", round(1000 * part), 1000)
+
+        history = train(
+            lesson,
+            self.material,
+            settings,
+            self.directory / name,
+            budget=Budget(steps, seconds),
+            learning_rate=learning_rate,
+            callbacks=self.callbacks,
+            progress=told,
+            after_step=self.after_step,
+        )
+        stage = _came_to(name, history, sum(value.numel() for value in parameters.values()))
+        if is_first_process():
+            staging = done.with_suffix(".part")
+            save_file({key: value.detach().cpu().contiguous() for key, value in parameters.items()}, staging)
+            os.replace(staging, done)
+            staging.write_text(json.dumps(vars(stage)))
+            os.replace(staging, record)
+        return stage
+
+
+def _came_to(name: str, history: Sequence[Mapping[str, Any]], parameters: int) -> Stage:
+    """What a stage came to, from the entries of its trainer's log."""
     held_out = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
-    stage = Stage(
+    return Stage(
         name=name,
         steps=max((int(entry["step"]) for entry in history), default=0),
-        parameters=sum(value.numel() for value in parameters.values()),
+        parameters=parameters,
         before=held_out[0][1],
         after=min(value for _, value in held_out),
         curve=[[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         held_out=held_out,
     )
-    if is_first_process():
-        staging = done.with_suffix(".part")
-        save_file({key: value.detach().cpu().contiguous() for key, value in parameters.items()}, staging)
-        os.replace(staging, done)
-        staging.write_text(json.dumps(vars(stage)))
-        os.replace(staging, record)
-    return stage
 
 
 def _held_out_loss(lesson: Lesson, material: Material, settings: DistillSettings) -> float:

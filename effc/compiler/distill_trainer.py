@@ -21,9 +21,6 @@ from effc.compiler.distill_lesson import Lesson
 from effc.errors import PassFailedError
 from effc.passes.distill_settings import DistillSettings
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, thousandths done, 1000)``."""
-
 # More steps than any budget of minutes will see.
 _ENDLESS = 10_000_000
 
@@ -172,39 +169,8 @@ def train(
     Returns:
         transformers' log: ``loss`` and ``eval_loss`` by ``step``; the entry of step 0 is from before the training.
     """
-    checkpoint, precision = last_checkpoint(directory), _precision(settings)
-    warmup = settings.warmup if budget.steps is None else min(settings.warmup, budget.steps // 5)
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        max_steps=budget.steps or _ENDLESS,
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.gradient_norm,
-        eval_strategy="steps",
-        eval_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.evaluate_every,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, settings.evaluate_every)),
-        logging_nan_inf_filter=False,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        remove_unused_columns=False,
-        label_names=[],
-        disable_tqdm=True,
-        report_to=list(settings.trackers) or "none",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-    )
+    checkpoint = last_checkpoint(directory)
+    arguments = _arguments(settings, directory, budget, learning_rate)
     extra = [EarlyStoppingCallback(settings.patience)] if settings.patience is not None else []
     trainer = LessonTrainer(
         lesson,
@@ -237,6 +203,42 @@ def train(
         put_back(trainer.trained(), load_file(start))
     history = [entry for entry in trainer.state.log_history if entry.get("step") or "eval_loss" not in entry]
     return [{"step": 0, "eval_loss": before}, *history]
+
+
+def _arguments(settings: DistillSettings, directory: Path, budget: Budget, learning_rate: float) -> TrainingArguments:
+    precision = _precision(settings)
+    warmup = settings.warmup if budget.steps is None else min(settings.warmup, budget.steps // 5)
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=budget.steps or _ENDLESS,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=learning_rate,
+        warmup_steps=warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_norm,
+        eval_strategy="steps",
+        eval_steps=settings.evaluate_every,
+        save_strategy="steps",
+        save_steps=settings.evaluate_every,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, settings.evaluate_every)),
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        report_to=list(settings.trackers) or "none",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+    )
 
 
 def _precision(settings: DistillSettings) -> str:

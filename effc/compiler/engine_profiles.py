@@ -30,11 +30,11 @@ def make_profiles(
     Raises:
         UsageError: if a shape does not fit the model.
     """
-    most = {cache.dimension: cache.most for cache in caches}
-    return [_profile(inputs, text, max_length, most) for text in shapes or default_shapes(max_length)]
+    kept = {cache.dimension: cache for cache in caches}
+    return [_profile(inputs, text, max_length, kept) for text in shapes or default_shapes(max_length)]
 
 
-def _profile(inputs: Sequence[ir.Value], text: str, max_length: int | None, most: dict[str, int | None]) -> Profile:
+def _profile(inputs: Sequence[ir.Value], text: str, max_length: int | None, kept: dict[str, EngineCache]) -> Profile:
     batch, length = parse_shape(text)
     if length is not None and max_length is not None and length > max_length:
         raise UsageError(f"The shape {text} is longer than the model's {max_length} positions.", "Give a smaller one.")
@@ -48,9 +48,9 @@ def _profile(inputs: Sequence[ir.Value], text: str, max_length: int | None, most
             return 1, length
         if name == _TOTAL:
             return 2, max(length, 2)
-        if name in most:
-            longest = max(length - 1, 1)
-            bound = most[name]
+        if name in kept:
+            longest = -(-max(length - 1, 1) // kept[name].span)
+            bound = kept[name].most
             return 1, longest if bound is None else min(bound, longest)
         raise UsageError(f"The shapes do not say how large the dimension '{name}' gets.", "Please report this model.")
 

@@ -27,7 +27,9 @@ _STATES = ("past_state.", "past_normaliser.")
 
 @dataclass
 class _Caches:
-    """What a run handed out, by the names of the decode engine's inputs, ``[rows, positions, width]`` or a state.
+    """What a run handed out, by the names of the decode engine's inputs: ``[rows, positions, width]``, or a state.
+
+    What has a row for each block of positions is shared by texts of one length only, and so laid out like the others.
 
     Attributes:
         count: rows.

@@ -19,11 +19,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from effc.compiler.artifact_files import MODEL_NAME
 from effc.compiler.bench_process import DENSE_FORM_KEY
 from effc.compiler.cache import cache_key, cached
 from effc.compiler.inputs import dynamic_axes, ragged_inputs
 from effc.compiler.manifest import AttentionLayer
-from effc.compiler.runtime import MODEL_NAME
 from effc.compiler.source import SourceModel
 from effc.compiler.toolchain import toolchain
 from effc.exporters.decode_twin import add_shared_caches

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from effc.compiler.artifact_files import GENERATION_NAME, MODEL_NAME
 from effc.compiler.cache import cache_key, cached
 from effc.compiler.exported import export_key
 from effc.compiler.generation import Generator
@@ -27,7 +28,6 @@ from effc.compiler.manifest import (
     OutputDeviation,
 )
 from effc.compiler.metrics import deviation
-from effc.compiler.runtime import GENERATION_NAME, MODEL_NAME
 from effc.compiler.source import SourceModel
 from effc.errors import PassFailedError, PreconditionError, UsageError
 from effc.exporters.generation_derive import keep_last_position, take_positions

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effc.plugins.caches import SlotCache, slot_arrays, visible_slots
-from effc.plugins.forms.registry import parse_pattern
+from effc.compiler.generation_slots import Array, SlotArrays
+from effc.plugins.caches import slot_arrays, visible_slots
 
 if TYPE_CHECKING:
     from effc.compiler.manifest import CachedLayerRecord, CacheGroupRecord, GenerationRecord
 
 HIDDEN = np.float32(-1e30)
-# Caches without a bound grow by this many slots: rarely enough for the copy, and few enough to be read for nothing.
-_GROWTH = 256
-
-Array = NDArray[Any]
 Feeds = dict[str, NDArray[np.generic]]
 Mask = NDArray[np.bool_]
 
@@ -130,17 +126,15 @@ class _Part(ABC):
 
 
 class _Slots(_Part):
-    """Arrays ``[batch, kv_heads, capacity, head_dim]``; see :class:`SlotCache`."""
+    """Keys and values in slots; see :class:`SlotArrays`."""
 
     def __init__(self, group: int, record: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], batch: int):
         super().__init__(group, record, layers, batch)
-        self._cache = SlotCache(record.sinks, record.recent)
-        self._pattern = parse_pattern(record.pattern)
-        self._marked = np.array([token for token in self._pattern.tokens if isinstance(token, int)], dtype=np.int64)
-        self._capacity = 0
+        self._slots = SlotArrays(record, layers, batch)
+        self._cache, self.arrays = self._slots.cache, self._slots.arrays
 
     def fill_with_noise(self, generator: np.random.Generator, length: int) -> None:
-        self._reserve(self._cache.slots(length))
+        self._slots.reserve(self._cache.slots(length))
         for array in self.arrays.values():
             noise = generator.standard_normal(array.shape, dtype=np.float32)
             array[:] = noise if array.dtype.kind == "f" else np.rint(40 * noise).clip(-127, 127)
@@ -158,7 +152,7 @@ class _Slots(_Part):
 
     def keep_prompt(self, outputs: Mapping[str, Array], length: int) -> None:
         filled = self._cache.slots(length)
-        self._reserve(filled)
+        self._slots.reserve(filled)
         for number, layer in self.layers:
             for what, (width, _) in slot_arrays(layer.head_dim, layer.kept_in).items():
                 handed = outputs[f"new_{what}.{number}"].reshape(self.batch, filled, layer.kv_heads, width)
@@ -166,20 +160,19 @@ class _Slots(_Part):
 
     def step_feeds(self, tokens: NDArray[np.int64], mask: Mask) -> Feeds:
         position = tokens.shape[1] - 1
-        self._reserve(max(1, self._cache.slots(position)))
+        self._slots.reserve(max(1, self._cache.slots(position)))
         held = self._cache.positions(position)
         columns = np.append(held, position)
-        marks = np.isin(tokens, self._marked) if len(self._marked) else None
-        visible = visible_slots(self._pattern, position, columns, marks) & mask[:, columns]
-        padded = np.zeros((self.batch, self._capacity + 1), dtype=bool)
+        visible = visible_slots(self._slots.pattern, position, columns, self._slots.marks(tokens)) & mask[:, columns]
+        padded = np.zeros((self.batch, self._slots.capacity + 1), dtype=bool)
         padded[:, : len(held)], padded[:, -1] = visible[:, :-1], visible[:, -1]
-        distance = np.zeros(self._capacity + 1, np.int64)
+        distance = np.zeros(self._slots.capacity + 1, np.int64)
         distance[: len(held)] = held - position
         return self._group_feeds(padded, distance, np.zeros(1, np.int64)) | self.arrays
 
     def keep_step(self, outputs: Mapping[str, Array], position: int) -> None:
         slot = self._cache.slot(position)
-        self._reserve(slot + 1)
+        self._slots.reserve(slot + 1)
         for number, layer in self.layers:
             for what, (width, _) in slot_arrays(layer.head_dim, layer.kept_in).items():
                 handed = outputs[f"new_{what}.{number}"].reshape(self.batch, layer.kv_heads, width)
@@ -193,22 +186,6 @@ class _Slots(_Part):
         if self.record.distance:
             feeds[f"distance.{self.group}"] = distance
         return feeds
-
-    def _reserve(self, slots: int) -> None:
-        """Make room for ``slots`` slots."""
-        if slots <= self._capacity:
-            return
-        capacity = -(-slots // _GROWTH) * _GROWTH
-        if self._cache.bound is not None:
-            capacity = min(capacity, self._cache.bound)
-        for number, layer in self.layers:
-            for what, (width, kind) in slot_arrays(layer.head_dim, layer.kept_in).items():
-                name = f"past_{what}.{number}"
-                grown: Array = np.zeros((self.batch, layer.kv_heads, capacity, width), kind)
-                if self._capacity:
-                    grown[:, :, : self._capacity] = self.arrays[name]
-                self.arrays[name] = grown
-        self._capacity = capacity
 
 
 class _Carried(_Part):

@@ -14,16 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effc.compiler.generation import Generator, Prompt
-from effc.compiler.generation_memory import HIDDEN, Array, Feeds, Memory
+from effc.compiler.generation_memory import HIDDEN, Feeds, Memory
+from effc.compiler.generation_slots import GROWTH, Array, SlotArrays
 from effc.compiler.rows import Rows
-from effc.plugins.caches import SlotCache, slot_arrays, visible_slots
-from effc.plugins.forms.registry import parse_pattern
+from effc.plugins.caches import slot_arrays, visible_slots
 
 if TYPE_CHECKING:
     from effc.compiler.manifest import CachedLayerRecord, CacheGroupRecord
-
-# Caches without a bound grow by this many slots.
-_GROWTH = 256
 
 Tokens = NDArray[np.int64]
 
@@ -126,44 +123,37 @@ class JointRows(Rows):
     def _append(self, row: int, token: int) -> None:
         length = self._lengths[row]
         if length == len(self._tokens[row]):
-            self._tokens[row] = np.concatenate([self._tokens[row], np.zeros(max(_GROWTH, length), np.int64)])
+            self._tokens[row] = np.concatenate([self._tokens[row], np.zeros(max(GROWTH, length), np.int64)])
         self._tokens[row][length] = token
         self._lengths[row] += 1
 
 
 class _SlotRows:
-    """The caches of the layers of one group, ``[capacity, kv_heads, slots, head_dim]``; see :class:`SlotCache`."""
+    """The caches of the layers of one group, a row for each text; see :class:`SlotArrays`."""
 
     def __init__(
         self, number: int, group: CacheGroupRecord, layers: list[tuple[int, CachedLayerRecord]], capacity: int
     ):
-        self._number, self._layers, self._capacity = number, layers, capacity
-        self._cache = SlotCache(group.sinks, group.recent)
-        self._pattern = parse_pattern(group.pattern)
-        self._marked = np.array([token for token in self._pattern.tokens if isinstance(token, int)], dtype=np.int64)
-        self._slots = 0
-        self.arrays: dict[str, Array] = {
-            f"past_{what}.{layer}": np.zeros((capacity, record.kv_heads, 0, width), kind)
-            for layer, record in layers
-            for what, (width, kind) in slot_arrays(record.head_dim, record.kept_in).items()
-        }
+        self._number, self._layers = number, layers
+        self._slots = SlotArrays(group, layers, capacity)
+        self._cache, self.arrays = self._slots.cache, self._slots.arrays
 
     def take(self, row: int, arrays: dict[str, Array], length: int) -> None:
         """Copy one text's caches into a row."""
         filled = self._cache.slots(length)
-        self._reserve(filled)
+        self._slots.reserve(filled)
         for name, array in self.arrays.items():
             array[row, :, :filled] = arrays[name][0, :, :filled]
 
     def feeds(self, tokens: Sequence[Tokens]) -> Feeds:
         """The graph's inputs for the last token of each text."""
-        self._reserve(max(1, *(self._cache.slots(len(text) - 1) for text in tokens)))
-        bias = np.full((len(tokens), 1, 1, self._slots + 1), HIDDEN, np.float32)
+        self._slots.reserve(max(1, *(self._cache.slots(len(text) - 1) for text in tokens)))
+        bias = np.full((len(tokens), 1, 1, self._slots.capacity + 1), HIDDEN, np.float32)
         for row, text in enumerate(tokens):
             position = len(text) - 1
             held = self._cache.positions(position)
-            marks = np.isin(text, self._marked)[None] if len(self._marked) else None
-            visible = visible_slots(self._pattern, position, np.append(held, position), marks).reshape(-1)
+            marks = self._slots.marks(text[None])
+            visible = visible_slots(self._slots.pattern, position, np.append(held, position), marks).reshape(-1)
             bias[row, 0, 0, : len(held)][visible[:-1]] = 0
             if visible[-1]:
                 bias[row, 0, 0, -1] = 0
@@ -175,7 +165,7 @@ class _SlotRows:
     def keep(self, outputs: dict[str, Array], positions: Tokens) -> None:
         """Put each row's new key and value into its slot."""
         slots = [self._cache.slot(int(position)) for position in positions]
-        self._reserve(max(slots) + 1)
+        self._slots.reserve(max(slots) + 1)
         for layer, record in self._layers:
             for what, (width, _) in slot_arrays(record.head_dim, record.kept_in).items():
                 handed = outputs[f"new_{what}.{layer}"].reshape(len(slots), record.kv_heads, width)
@@ -188,18 +178,6 @@ class _SlotRows:
         if source != target:
             for array in self.arrays.values():
                 array[target] = array[source]
-
-    def _reserve(self, slots: int) -> None:
-        if slots <= self._slots:
-            return
-        room = -(-slots // _GROWTH) * _GROWTH
-        if self._cache.bound is not None:
-            room = min(room, self._cache.bound)
-        for name, array in self.arrays.items():
-            grown = np.zeros((*array.shape[:2], room, array.shape[3]), array.dtype)
-            grown[:, :, : self._slots] = array
-            self.arrays[name] = grown
-        self._slots = room
 
 
 def _prefill(generator: Generator, tokens: Tokens) -> tuple[Memory, NDArray[np.float32]]:

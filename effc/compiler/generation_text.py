@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from effc.compiler.runtime import CompiledModel
+from effc.compiler.compiled_model import CompiledModel
 from effc.errors import MissingDependencyError, OutputError, UsageError
 
 # Bytes that do not make a character yet are shown as this.

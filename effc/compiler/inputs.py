@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 BATCH, SEQUENCE, TARGET = "batch", "sequence", "target"
 _SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _TARGET_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+# One longer than a span of a window of 256, so that the blocked form is what runs.
+_PROBE_LENGTHS = (448, 61)
 
 
 def input_names(source: SourceModel) -> tuple[str, ...]:
@@ -89,6 +91,12 @@ def ragged_inputs(
         name: torch.where(real[TARGET if name in _TARGET_INPUTS else SEQUENCE], value, fill.get(name, 0))
         for name, value in inputs.items()
     }
+
+
+def probe_inputs(source: SourceModel) -> dict[str, torch.Tensor]:
+    """Two random padded sequences, for looking at what a model computes."""
+    limit = source.max_length or max(_PROBE_LENGTHS)
+    return ragged_inputs(source, [min(length, limit) for length in _PROBE_LENGTHS])
 
 
 def target_length(length: int) -> int:

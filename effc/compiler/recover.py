@@ -19,9 +19,9 @@ from effc.compiler.distill_data import Material, material_of, text_collate
 from effc.compiler.distill_losses import terms_of
 from effc.compiler.distill_record import describe
 from effc.compiler.distill_run import run_distillation
-from effc.compiler.distill_trainer import Progress
 from effc.compiler.inputs import input_names
 from effc.compiler.manifest import AttentionLayer
+from effc.compiler.progress import Progress
 from effc.compiler.recipe import Recipe
 from effc.compiler.source import SourceModel, load
 from effc.compiler.toolchain import toolchain

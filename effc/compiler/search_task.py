@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 from effc.compiler.calibration_text import CalibrationText
 from effc.compiler.manifest import AttentionSearch, LayerSensitivity
+from effc.compiler.progress import Progress
 from effc.compiler.sensitivity import Effect, Variant, measure_effects
 from effc.compiler.source import SourceModel
 from effc.passes.assign_attention import within_own_window
@@ -15,9 +16,6 @@ from effc.passes.attention_settings import AttentionSection
 from effc.passes.observed_attention import ObservedAttention
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.hook import ObservedLayer
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, runs done, runs in all)``."""
 
 ROUNDING = 2e-5
 """Relative errors below this are two ways to compute the same in fp32."""

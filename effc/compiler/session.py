@@ -7,6 +7,7 @@ standard library.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,3 +88,9 @@ def _event(entry: dict[str, Any]) -> KernelEvent:
         provider=arguments.get("provider", ""),
         dtype=next(iter(inputs[0]), ""),
     )
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says of an error, in a line."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)

@@ -1,4 +1,4 @@
-"""Find, identify and load the model to compile.
+"""Identify and load the model to compile.
 
 :func:`locate` is the cheap part (where the model is, which task, which fingerprint); :func:`load` brings the weights
 into memory. Everything that can be wrong with a checkpoint becomes a :class:`SourceModelError` here, above all what
@@ -9,34 +9,22 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from effc.compiler.checkpoint import (
-    CONFIG_FILE,
-    check_whole,
-    damaged,
-    fingerprint,
-    has_structure,
-    read_json,
-    weight_files,
-)
-from effc.compiler.hub import download, is_hub_name
+from effc.compiler.checkpoint import fingerprint, has_structure
 from effc.compiler.manifest import PositionsRecord, SourceRecord
 from effc.compiler.recipe import ModelSection
+from effc.compiler.source_errors import explained, quiet
+from effc.compiler.source_files import Kind, find
 from effc.compiler.tasks import Task, features_of, resolve_task
-from effc.errors import EffcError, MissingDependencyError, SourceModelError, UsageError
+from effc.errors import SourceModelError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
-
-Kind = Literal["directory", "gguf", "hub"]
 
 # What differs between two saves of the same model.
 _VOLATILE = ("transformers_version", "_name_or_path")
@@ -50,25 +38,6 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _PREPROCESSOR_FILE = "preprocessor_config.json"
-
-
-@dataclass(frozen=True)
-class Found:
-    """The files of a model.
-
-    Attributes:
-        kind: where it comes from.
-        path: the directory, or the GGUF file.
-        revision: the commit of a hub model.
-        facts: the raw config.json; empty for a GGUF file.
-        files: what holds the weights.
-    """
-
-    kind: Kind
-    path: Path
-    revision: str | None
-    facts: dict[str, Any]
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -146,26 +115,6 @@ class SourceModel:
         )
 
 
-def find(spec: ModelSection) -> Found:
-    """Find the model's files and check what can be checked without transformers, whose import takes seconds.
-
-    Raises:
-        UsageError: if no model is named, or a revision is given for a local one.
-        SourceModelError: if there is no such model, files are missing, or it is of a kind that effc does not read.
-    """
-    if not spec.path:
-        raise UsageError("No model is named.", "Give a local directory, a GGUF file or a hub name.")
-    kind, path, revision = _find(spec)
-    if spec.revision and kind != "hub":
-        raise UsageError(f"'{spec.path}' is local and has no revisions.", "Leave --revision out.")
-    if kind == "gguf":
-        return Found(kind, path, None, {}, (path,))
-    facts = _checked_config(path)
-    files = weight_files(path)
-    check_whole(files)
-    return Found(kind, path, revision, facts, files)
-
-
 def locate(spec: ModelSection) -> Located:
     """Find the model and identify it; reads its config and hashes its weights, loads nothing.
 
@@ -231,93 +180,10 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def _find(spec: ModelSection) -> tuple[Kind, Path, str | None]:
-    """Where the model is: kind, path and, for the hub, the commit."""
-    assert spec.path
-    path = Path(spec.path).expanduser()
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise SourceModelError(
-            f"'{spec.path}' cannot be read: {error}.", "Check the path and its permissions."
-        ) from None
-    if not exists:
-        if is_hub_name(spec.path):
-            directory, commit = download(spec.path, spec.revision)
-            if not (directory / CONFIG_FILE).is_file():
-                raise SourceModelError(
-                    f"The hub model '{spec.path}' has no config.json, so it is no transformers checkpoint.",
-                    "If it holds GGUF files, download one and give its path.",
-                )
-            return "hub", directory, commit
-        raise SourceModelError(
-            f"There is no file or directory '{spec.path}'.",
-            "Give the path of a model directory or a GGUF file, or a hub name such as owner/name.",
-        )
-    path = path.resolve()
-    if path.is_file():
-        if _is_gguf(path):
-            return "gguf", path, None
-        raise SourceModelError(
-            f"'{spec.path}' is a file, but not a GGUF file.",
-            "Give the directory that holds the model's config.json, or a .gguf file.",
-        )
-    if not (path / CONFIG_FILE).is_file():
-        return "gguf", _only_gguf(path), None
-    return "directory", path, None
-
-
-def _is_gguf(path: Path) -> bool:
-    if path.suffix == ".gguf":
-        return True
-    try:
-        with path.open("rb") as stream:
-            return stream.read(4) == b"GGUF"
-    except OSError as error:
-        raise SourceModelError(f"'{path}' cannot be read: {error}.", "Check its permissions.") from None
-
-
-def _only_gguf(directory: Path) -> Path:
-    """The one GGUF file of a directory without a config."""
-    try:
-        found = sorted(directory.glob("*.gguf"))
-    except OSError as error:
-        raise SourceModelError(f"'{directory}' cannot be read: {error}.", "Check its permissions.") from None
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(file.name for file in found)
-        raise SourceModelError(f"'{directory}' holds several GGUF files: {names}.", "Give the path of one of them.")
-    nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_FILE}"))[:3]
-    hint = (
-        f"Its subdirectory '{nested[0]}' has one; did you mean that?"
-        if nested
-        else ("Give the directory that save_pretrained wrote or the hub snapshot, or a .gguf file.")
-    )
-    raise SourceModelError(f"'{directory}' is not a model directory: it has no config.json.", hint)
-
-
-def _checked_config(directory: Path) -> dict[str, Any]:
-    """The raw config.json, checked for what transformers reports badly or not at all."""
-    raw = read_json(directory / CONFIG_FILE)
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise SourceModelError(
-            f"The checkpoint '{directory}' is already quantized (method '{method}'), and effc quantizes models itself.",
-            "Compile the full-precision checkpoint it was made from.",
-        )
-    if "model_type" not in raw and "auto_map" not in raw:
-        raise SourceModelError(
-            f"'{directory / CONFIG_FILE}' has no model_type, so it does not describe a transformers model.",
-            "Give the directory of a transformers checkpoint.",
-        )
-    return raw
-
-
 def _read_config(path: Path, kind: Kind, spec: ModelSection) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    with quiet(), _explained(path):
+    with quiet(), explained(path):
         if kind == "gguf":
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
@@ -350,7 +216,7 @@ def _load_weights(located: Located) -> tuple[PreTrainedModel, dict[str, Any]]:
         from effc.compiler.pruned_checkpoint import load_checkpoint
 
         return load_checkpoint(located.directory), {"missing_keys": set(), "unexpected_keys": set()}
-    with _explained(located.path):
+    with explained(located.path):
         model, info = auto_class.from_pretrained(
             located.directory, dtype=torch.float32, output_loading_info=True, weights_only=True, **arguments
         )
@@ -449,94 +315,10 @@ def _load_processor(located: Located) -> Any | None:
     directory = located.directory
     loader: Any = {"text": AutoTokenizer, "images": AutoImageProcessor, "audio": AutoFeatureExtractor}
     loader = loader[located.task.modality]
-    with _explained(directory, "tokenizer or preprocessor"):
+    with explained(directory, "tokenizer or preprocessor"):
         if located.kind == "gguf":
             return loader.from_pretrained(directory, **located.gguf)
         files = _TOKENIZER_FILES if located.task.modality == "text" else (_PREPROCESSOR_FILE,)
         if not any((directory / name).is_file() for name in files):
             return None
         return loader.from_pretrained(directory, trust_remote_code=located.spec.trust_remote_code)
-
-
-@contextmanager
-def _explained(path: Path, what: str = "model") -> Iterator[None]:
-    """Turn what transformers, torch, safetensors and gguf raise into errors that name the remedy."""
-    import pickle
-    import struct
-
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except EffcError:
-        raise
-    except ImportError as error:
-        package = error.name or ("gguf" if path.suffix == ".gguf" else None)
-        raise MissingDependencyError(
-            f"Reading the {what} in '{path}' needs a package that is not installed: "
-            f"{' '.join(str(error).split())[:300]}",
-            f"Install it: pip install {package}" if package else "Install the package that this names with pip.",
-        ) from error
-    except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:
-        if "weights only load failed" in str(error).lower():
-            raise SourceModelError(
-                f"The weights in '{path}' are a pickle that holds more than tensors; reading it could run any code.",
-                "Use a checkpoint in safetensors format.",
-            ) from error
-        raise damaged(path, error) from error
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _explain(error, path, what) from error
-
-
-def _explain(error: Exception, path: Path, what: str) -> SourceModelError:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return SourceModelError(
-            f"The model in '{path}' needs code of its own, which the checkpoint brings along.",
-            "Read that code, and if you trust it, pass --trust-remote-code.",
-        )
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        kind = re.search(r"model type `([^`]*)`", text)
-        name = f"model type '{kind[1]}'" if kind else "model type"
-        return SourceModelError(
-            f"The installed transformers does not know the {name} of '{path}'.",
-            "Check config.json; if the model is newer than your transformers, upgrade that with pip.",
-        )
-    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
-        return SourceModelError(
-            f"The weights in '{path}' have other shapes than its config.json says.",
-            "Check that config.json belongs to these weights.",
-        )
-    if path.suffix == ".gguf" and "is not supported yet" not in text:
-        return damaged(path, error)
-    if isinstance(error, RuntimeError) and "PytorchStreamReader" in text:
-        return damaged(path, error)
-    return SourceModelError(
-        f"transformers could not read the {what} in '{path}': {text[:400].rstrip('.')}.",
-        "Check that it is a complete transformers checkpoint; --debug shows the whole error.",
-    )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings: what matters is raised or kept in ``SourceModel.warnings``."""
-    import transformers
-    from transformers import modeling_gguf_pytorch_utils
-
-    logging: Any = transformers.utils.logging
-    gguf: Any = modeling_gguf_pytorch_utils
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    # Its bar is tqdm's own, which transformers' switch does not reach.
-    gguf_bar, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        gguf.tqdm = gguf_bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effc.compiler.artifact_files import MODEL_NAME
 from effc.compiler.cache import cache_directory
 from effc.compiler.manifest import AttentionLayer, Manifest
-from effc.compiler.runtime import MODEL_NAME
 
 if TYPE_CHECKING:
     from effc.compiler.source import SourceModel
@@ -73,9 +73,9 @@ def _key(manifest: Manifest) -> str:
 def _source_again(manifest: Manifest, trust_remote_code: bool) -> tuple[SourceModel, list[AttentionLayer]]:
     """The source model with its own attention, so that it does not matter which form the artifact has."""
     from effc.compiler.exported import export_key
-    from effc.compiler.pipeline import rewrite
     from effc.compiler.positions import repeat_positions
     from effc.compiler.recipe import build_recipe
+    from effc.compiler.rewrite import rewrite
     from effc.compiler.source import load, locate
     from effc.errors import SourceModelError
     from effc.passes.attention_settings import AttentionSection

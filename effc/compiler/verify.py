@@ -41,7 +41,7 @@ from effc.compiler.vocabulary import load_vocabulary
 from effc.errors import DataError, SourceModelError
 
 if TYPE_CHECKING:
-    from effc.compiler.runtime import CompiledModel
+    from effc.compiler.compiled_model import CompiledModel
     from effc.compiler.verify_vocabulary import OwnTokens
 
 Array = NDArray[Any]
@@ -104,7 +104,7 @@ def verify(
     """
     from transformers import AutoTokenizer
 
-    from effc.compiler.runtime import CompiledModel
+    from effc.compiler.compiled_model import CompiledModel
     from effc.compiler.runtime import load as load_artifact
     from effc.compiler.verify_vocabulary import POSITIONAL, OwnTokens, split_texts, with_left_tokens
 

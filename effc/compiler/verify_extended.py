@@ -23,7 +23,7 @@ from effc.compiler.verify_vocabulary import OwnTokens, with_left_tokens
 from effc.passes.positions_settings import PositionsSection
 
 if TYPE_CHECKING:
-    from effc.compiler.runtime import CompiledModel
+    from effc.compiler.compiled_model import CompiledModel
 
 REFERENCE = "the source model in torch, dense, with positions extended alike"
 # Dense attention over long texts takes long, so few are compared.

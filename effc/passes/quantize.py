@@ -12,6 +12,7 @@ from effc.passes.quantize_calibrate import Batch
 from effc.passes.quantize_fp8 import QuantizeFp8
 from effc.passes.quantize_half import HALVES, StoreHalf
 from effc.passes.quantize_int8 import QuantizeInt8
+from effc.passes.quantize_linears import QuantizeLinears
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_replace import Beside
 from effc.passes.quantize_schemes import Schemes
@@ -28,6 +29,9 @@ def quantizing_passes(
     schemes: Schemes | None = None,
     remembered: Remembered | None = None,
     beside: Beside | None = None,
+    *,
+    modes: frozenset[str] | None = None,
+    int8: type[QuantizeLinears] = QuantizeInt8,
 ) -> Iterator[GraphPass]:
     """The passes for the modes of ``settings``.
 
@@ -36,9 +40,11 @@ def quantizing_passes(
         schemes: the mode of every layer; as the settings say if None.
         remembered: shared by the graphs of one model, so that they get equal weights.
         beside: keep fp32 layers beside the quantized ones.
+        modes: those that need a pass; all of ``settings`` if None.
+        int8: the pass for the mode of that name.
     """
     schemes, remembered = schemes or Schemes(settings), remembered or Remembered()
-    modes = settings.modes
+    modes = settings.modes if modes is None else modes
     # The first to run sees the graph as it was, and checks it for all.
     alone = True
     if smooths(settings):
@@ -46,7 +52,7 @@ def quantizing_passes(
         alone = False
     common = (calibration, schemes, remembered)
     if "int8" in modes:
-        yield QuantizeInt8(settings, *common, alone=alone, beside=beside)
+        yield int8(settings, *common, alone=alone, beside=beside)
         alone = False
     if "fp8" in modes:
         yield QuantizeFp8(settings, *common, alone=alone, beside=beside)

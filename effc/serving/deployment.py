@@ -91,7 +91,7 @@ def _notes(opened: Opened, options: ServingOptions) -> tuple[str, ...]:
 
 
 def _ranges_per_run(opened: Opened) -> bool:
-    from effc.compiler.runtime import MODEL_NAME
+    from effc.compiler.artifact_files import MODEL_NAME
 
     graph = onnx.load(opened.path / MODEL_NAME, load_external_data=False)
     return any(node.op_type.startswith("DynamicQuantize") for node in graph.graph.node)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from effc.compiler.artifact_files import check_files, read_manifest
 from effc.compiler.engine_choice import runs_in
 from effc.compiler.manifest import TensorRecord
-from effc.compiler.runtime import check_files, read_manifest
 from effc.errors import UsageError
 from effc.exporters.triton_config import ModelConfig, Tensor, WarmUp
 from effc.passes.engine_settings import parse_shape

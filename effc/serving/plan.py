@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from effc.compiler.artifact_files import MODEL_NAME, check_files, model_files, read_manifest
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.manifest import Manifest, TensorRecord
-from effc.compiler.runtime import MODEL_NAME, check_files, model_files, read_manifest
 from effc.errors import OutputError, UsageError
 from effc.exporters.triton_config import EnsembleConfig, ModelConfig, Tensor, WarmUp
 from effc.plugins import native

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from effc.compiler.artifact_files import MODEL_NAME
 from effc.compiler.manifest import TensorRecord
-from effc.compiler.runtime import MODEL_NAME
 from effc.errors import UsageError
 from effc.exporters.triton_config import EnsembleConfig, EnsembleStep, Instances, Tensor
 from effc.serving.graph_stages import Stage, split_graph

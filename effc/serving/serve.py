@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from effc.compiler.runtime import read_manifest
+from effc.compiler.artifact_files import read_manifest
 from effc.errors import UsageError
 from effc.exporters.tensorrt_flavours import FLAVOURS
 from effc.serving.launch import LAUNCH_NAME
 from effc.serving.options import ServingOptions
 from effc.serving.packaged import ServerProgram
-from effc.serving.repository import check_repository, deployment, engine_flags, wants_cache, write_repository
+from effc.serving.repository import check_repository, write_repository
+from effc.serving.repository_record import deployment, engine_flags, wants_cache
 from effc.serving.requirements import REQUIREMENTS_NAME
 from effc.serving.server import Ports, Server, find_server
 

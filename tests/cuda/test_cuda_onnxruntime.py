@@ -17,7 +17,7 @@ import cuda_build
 from attention_cases import one_node_model
 
 import effc
-from effc.compiler import runtime
+from effc.compiler.native_choice import library_for
 from effc.errors import MissingDependencyError, UsageError
 from effc.plugins.forms.registry import parse_form
 from effc.plugins.operator import AttentionGeometry
@@ -60,14 +60,14 @@ def test_the_library_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("EFFC_CUDA_LIBRARY", str(file))
     assert effc.native_library(CUDA) == str(file)
     with monkeypatch.context() as context:
-        context.setattr(runtime, "_loadable", lambda library: library)
-        assert runtime._native_library([(CUDA, {"device_id": 0}), "CPUExecutionProvider"]) == file
+        context.setattr("effc.compiler.native_choice._loadable", lambda library: library)
+        assert library_for([(CUDA, {"device_id": 0}), "CPUExecutionProvider"]) == file
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
-        assert runtime._native_library([CUDA]) is None, "it is empty"
+        assert library_for([CUDA]) is None, "it is empty"
     monkeypatch.setenv("EFFC_NATIVE", "0")
     with pytest.raises(MissingDependencyError, match="EFFC_NATIVE=0"):
         effc.native_library(CUDA)
-    assert runtime._native_library([CUDA]) is None
+    assert library_for([CUDA]) is None
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,4 +81,4 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no kernels for 'MIGraphXExecutionProvider'"):
         effc.native_library("MIGraphXExecutionProvider")
     with pytest.warns(RuntimeWarning, match="Standard operators run instead"):
-        assert runtime._native_library([CUDA]) is None
+        assert library_for([CUDA]) is None

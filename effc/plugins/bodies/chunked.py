@@ -15,6 +15,7 @@ import numpy as np
 
 from effc.plugins.bodies.chunked_direct import attend_direct, attend_global_rows
 from effc.plugins.bodies.dispatch import body_text
+from effc.plugins.bodies.preamble import attend_piece, float_text, preamble
 from effc.plugins.forms.chunked import Chunked
 from effc.plugins.operator import AttentionGeometry
 
@@ -59,31 +60,15 @@ def _(form: Chunked, geometry: AttentionGeometry, given: frozenset[str]) -> str:
         else (f"tiled_output = Identity ({results[0]})")
     )
     return f"""
-    zero = Constant <value_ints: ints = [0]> ()
-    one = Constant <value_ints: ints = [1]> ()
-    two = Constant <value_ints: ints = [2]> ()
-    last_axis = Constant <value_ints: ints = [-1]> ()
-    n0 = Constant <value: tensor = int64 {{0}}> ()
-    n1 = Constant <value: tensor = int64 {{1}}> ()
-    scale_value = Constant <value: tensor = float {{{_float(g.scale)}}}> ()
+    {preamble(g)}
     one_half = Constant <value: tensor = float {{0.5}}> ()
-    visible_bias = Constant <value: tensor = float {{0.0}}> ()
-    hidden_bias = Constant <value: tensor = float {{-1e30}}> ()
-    nearly_hidden = Constant <value: tensor = float {{-1e29}}> ()
     size = Constant <value: tensor = int64 {{{form.size}}}> ()
     half_size = Constant <value: tensor = int64 {{{half}}}> ()
     tokens = Constant <value: tensor = int64 {{{tokens}}}> ()
     few = Constant <value: tensor = int64 {{{_FEW}}}> ()
     smallest = Constant <value: tensor = int64 {{{smallest}}}> ()
-    query_length_1d = Shape <start: int = 1, end: int = 2> (query)
-    query_length = Squeeze (query_length_1d, zero)
-    key_length_1d = Shape <start: int = 1, end: int = 2> (key)
-    key_length = Squeeze (key_length_1d, zero)
-    offset = Sub (key_length, query_length)
     last_key = Sub (key_length, n1)
-    mask_bias = Where (key_mask, visible_bias, hidden_bias)
     packed_shape = Constant <value_ints: ints = [0, -1, {g.num_heads * g.head_dim}]> ()
-    kv_shape = Constant <value_ints: ints = [0, -1, {g.kv_heads}, {g.head_dim}]> ()
     query_heads_shape = Constant <value_ints: ints = [0, -1, {g.kv_heads}, {groups}, {g.head_dim}]> ()
     {_gate_weights(g, gated) if form.merge == "gate" else ""}
     few_queries = LessOrEqual (query_length, few)
@@ -119,7 +104,7 @@ def _gate_weights(g: AttentionGeometry, gated: bool) -> str:
     if not gated:
         return f"""
     a_bias = Constant <value: tensor = float {{0.0}}> ()
-    both_bias = Constant <value: tensor = float {{{_float(float(np.log(2)))}}}> ()
+    both_bias = Constant <value: tensor = float {{{float_text(float(np.log(2)))}}}> ()
     """
     return f"""
     gate_shape = Constant <value_ints: ints = [{g.kv_heads}, 1, {g.num_heads // g.kv_heads}, 1, 1]> ()
@@ -187,24 +172,8 @@ def _attend_units(g: AttentionGeometry, form: Chunked, name: str, units: _Units,
             span_output = Scan <num_scan_inputs: int = {2 if g.causal else 1}, body: graph = tile_body (
                 tile_query{", tile_causal" if g.causal else ""}
             ) => (tile_output) {{
-                folded_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups * u.tile}, {dim}]> ()
-                query_folded = Reshape (tile_query, folded_shape)
-                query_scaled = Mul (query_folded, scale_value)
-                scores_folded = MatMul (query_scaled, keys_transposed)
-                scores_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups}, {u.tile}, -1]> ()
-                scores = Reshape (scores_folded, scores_shape)
                 bias = {"Add (unit_bias, tile_causal)" if g.causal else "Identity (unit_bias)"}
-                highest_bias = ReduceMax <keepdims: int = 1> (bias, last_axis)
-                row_sees_any = Greater (highest_bias, nearly_hidden)
-                row_factor = Cast <to: int = 1> (row_sees_any)
-                biased = Add (scores, bias)
-                weights = Softmax <axis: int = -1> (biased)
-                weights_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups * u.tile}, -1]> ()
-                weights_folded = Reshape (weights, weights_shape)
-                attended_folded = MatMul (weights_folded, values)
-                attended_shape = Constant <value_ints: ints = [0, {kv}, {u.together}, {groups}, {u.tile}, {dim}]> ()
-                attended = Reshape (attended_folded, attended_shape)
-                zeroed = Mul (attended, row_factor)
+                {attend_piece(g, "tile_query", u.together, u.tile)}
                 tile_output = Transpose <perm: ints = [0, 2, 4, 1, 3, 5]> (zeroed)
             }}> (span_query{", causal_table" if g.causal else ""})
         }}> (query_by_span, starts_by_span)
@@ -298,7 +267,3 @@ def _unit_weights(u: _Units, gated: bool) -> str:
             weights_by_unit = Where (is_odd, odd_weights, even_weights)
             unit_bias = Add (mask_by_unit, weights_by_unit)
     """
-
-
-def _float(value: float) -> str:
-    return np.format_float_positional(np.float32(value), trim="0")

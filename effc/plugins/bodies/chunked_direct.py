@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effc.plugins.bodies.whole import attend_whole
 from effc.plugins.forms.chunked import Chunked
 from effc.plugins.operator import AttentionGeometry
 
@@ -105,13 +106,6 @@ def _direct_softmax(g: AttentionGeometry, seen: str, result: str, scores: str = 
 
 def attend_global_rows(g: AttentionGeometry) -> str:
     """The first tokens attend to every key; their rows replace what the chunks gave."""
-    causal = """
-        row_positions = Range (offset, rows_end, n1)
-        row_column = Unsqueeze (row_positions, one)
-        all_positions = Range (n0, key_length, n1)
-        not_behind = LessOrEqual (all_positions, row_column)
-        rows_bias = Where (not_behind, rows_mask, hidden_bias)
-    """
     return f"""
     tokens_there = Min (tokens, key_length)
     rows_end = Max (tokens_there, offset)
@@ -120,28 +114,7 @@ def attend_global_rows(g: AttentionGeometry) -> str:
     output = If (has_rows) <then_branch: graph = with_rows () => (with_rows_output) {{
         row_count_1d = Unsqueeze (row_count, zero)
         rows_query = Slice (query, zero, row_count_1d, one)
-        rows_split = Reshape (rows_query, query_heads_shape)
-        rows_heads = Transpose <perm: ints = [0, 2, 3, 1, 4]> (rows_split)
-        rows_scaled = Mul (rows_heads, scale_value)
-        all_key_split = Reshape (key, kv_shape)
-        all_key_heads = Transpose <perm: ints = [0, 2, 3, 1]> (all_key_split)
-        all_key_grouped = Unsqueeze (all_key_heads, two)
-        all_value_split = Reshape (value, kv_shape)
-        all_value_heads = Transpose <perm: ints = [0, 2, 1, 3]> (all_value_split)
-        all_value_grouped = Unsqueeze (all_value_heads, two)
-        rows_scores = MatMul (rows_scaled, all_key_grouped)
-        rows_mask_axes = Constant <value_ints: ints = [1, 2, 3]> ()
-        rows_mask = Unsqueeze (mask_bias, rows_mask_axes)
-        {causal if g.causal else "rows_bias = Identity (rows_mask)"}
-        rows_biased = Add (rows_scores, rows_bias)
-        rows_weights = Softmax <axis: int = -1> (rows_biased)
-        rows_all = MatMul (rows_weights, all_value_grouped)
-        rows_highest = ReduceMax <keepdims: int = 1> (rows_bias, last_axis)
-        rows_see_any = Greater (rows_highest, nearly_hidden)
-        rows_factor = Cast <to: int = 1> (rows_see_any)
-        rows_attended = Mul (rows_all, rows_factor)
-        rows_by_token = Transpose <perm: ints = [0, 3, 1, 2, 4]> (rows_attended)
-        rows_output = Reshape (rows_by_token, packed_shape)
+        {attend_whole(g, "rows", "rows_query", "rows_end")}
         remaining = Slice (chunked_output, row_count_1d, query_length_1d, one)
         with_rows_output = Concat <axis: int = 1> (rows_output, remaining)
     }}, else_branch: graph = without_rows () => (without_rows_output) {{

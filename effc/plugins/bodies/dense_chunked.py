@@ -8,9 +8,8 @@ which is blocked itself. Short sequences and few queries are attended in one pie
 
 from __future__ import annotations
 
-import numpy as np
-
 from effc.plugins.bodies.dispatch import body_text
+from effc.plugins.bodies.preamble import float_text, preamble
 from effc.plugins.bodies.whole import attend_whole
 from effc.plugins.forms.dense_chunked import DenseChunked
 from effc.plugins.operator import KEY_MASK, AttentionGeometry
@@ -27,23 +26,7 @@ def _(form: DenseChunked, geometry: AttentionGeometry, given: frozenset[str]) ->
     if not g.causal and g.kv_heads == g.num_heads:
         chunked = _fused_or(g, chunked)
     return f"""
-    zero = Constant <value_ints: ints = [0]> ()
-    one = Constant <value_ints: ints = [1]> ()
-    two = Constant <value_ints: ints = [2]> ()
-    last_axis = Constant <value_ints: ints = [-1]> ()
-    n0 = Constant <value: tensor = int64 {{0}}> ()
-    n1 = Constant <value: tensor = int64 {{1}}> ()
-    scale_value = Constant <value: tensor = float {{{_float(g.scale)}}}> ()
-    visible_bias = Constant <value: tensor = float {{0.0}}> ()
-    hidden_bias = Constant <value: tensor = float {{-1e30}}> ()
-    nearly_hidden = Constant <value: tensor = float {{-1e29}}> ()
-    query_length_1d = Shape <start: int = 1, end: int = 2> (query)
-    query_length = Squeeze (query_length_1d, zero)
-    key_length_1d = Shape <start: int = 1, end: int = 2> (key)
-    key_length = Squeeze (key_length_1d, zero)
-    offset = Sub (key_length, query_length)
-    kv_shape = Constant <value_ints: ints = [0, -1, {g.kv_heads}, {g.head_dim}]> ()
-    mask_bias = Where (key_mask, visible_bias, hidden_bias)
+    {preamble(g)}
     short = Constant <value: tensor = int64 {{{_SHORT}}}> ()
     few = Constant <value: tensor = int64 {{{_FEW}}}> ()
     is_short = LessOrEqual (key_length, short)
@@ -64,7 +47,7 @@ def _fused_or(g: AttentionGeometry, otherwise: str) -> str:
         no_padding = Cast <to: int = 9> (mask_minimum)
         long_output = If (no_padding) <then_branch: graph = unpadded () => (unpadded_output) {{
             unpadded_output = com.microsoft.MultiHeadAttention <
-                num_heads: int = {g.num_heads}, scale: float = {_float(g.scale)}
+                num_heads: int = {g.num_heads}, scale: float = {float_text(g.scale)}
             > (query, key, value)
         }}, else_branch: graph = padded () => (padded_output) {{
             {otherwise.replace("long_output", "padded_output")}
@@ -103,6 +86,7 @@ def _chunked(g: AttentionGeometry, chunk: int, masked: bool) -> str:
         padded_length = Mul (chunks, chunk)
         missing = Sub (padded_length, query_length)
         missing_1d = Unsqueeze (missing, zero)
+        padded_1d = Unsqueeze (padded_length, zero)
         pads = Concat <axis: int = 0> (zero, missing_1d, zero, zero, zero, zero)
         query_padded = Pad (query, pads)
         query_shape = Constant <value_ints: ints = [0, -1, {chunk}, {kv}, {groups}, {dim}]> ()
@@ -151,10 +135,7 @@ def _chunked(g: AttentionGeometry, chunk: int, masked: bool) -> str:
         joined = Reshape (by_token, packed_shape)
         {"attended" if masked else "long_output"} = Slice (joined, missing_1d, padded_1d, one)
         {_zero_blind_rows(g) if masked else ""}
-    """.replace(
-        "missing_1d = Unsqueeze (missing, zero)",
-        "missing_1d = Unsqueeze (missing, zero)\n        padded_1d = Unsqueeze (padded_length, zero)",
-    )
+    """
 
 
 def _zero_blind_rows(g: AttentionGeometry) -> str:
@@ -179,7 +160,3 @@ def _zero_blind_rows(g: AttentionGeometry) -> str:
         factor_rows = Unsqueeze (factor, two)
         long_output = Mul (attended, factor_rows)
     """
-
-
-def _float(value: float) -> str:
-    return np.format_float_positional(np.float32(value), trim="0")

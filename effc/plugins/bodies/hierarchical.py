@@ -7,9 +7,10 @@ is hidden, come as a bias. A sequence within two blocks has no means and takes a
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
 from effc.plugins.bodies.dispatch import body_text
+from effc.plugins.bodies.preamble import attend_piece, preamble
 from effc.plugins.bodies.whole import attend_whole
 from effc.plugins.forms.hierarchical import FANOUT, Hierarchical
 from effc.plugins.operator import AttentionGeometry
@@ -18,48 +19,59 @@ from effc.plugins.operator import AttentionGeometry
 _CHUNK_BYTES = 2 << 20
 # Means of the topmost level that a chunk is sized for; longer sequences have more and still compute the same.
 _USUAL_MEANS = 128
-_HIDDEN = "-1e30"
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How queries are cut: a step of the ``Scan`` takes ``together`` tiles of ``size`` queries."""
+
+    size: int
+    together: int
 
 
 @body_text.register
 def _(form: Hierarchical, geometry: AttentionGeometry, given: frozenset[str]) -> str:
-    g = geometry
-    tile = tile_size(form.block)
-    near = (2 if g.causal else 3) * form.block
-    width = near + 3 * FANOUT * (form.levels - 2) + _USUAL_MEANS
-    tiles = int(max(1, _CHUNK_BYTES // (4 * g.num_heads * tile * width)))
-    heads, kv, dim = g.num_heads, g.kv_heads, g.head_dim
-    groups = heads // kv
-    levels = range(1, form.levels)
+    g, tile = geometry, tile_size(form.block)
+    width = _near(form, g) + 3 * FANOUT * (form.levels - 2) + _USUAL_MEANS
+    tiling = _Tiling(tile, int(max(1, _CHUNK_BYTES // (4 * g.num_heads * tile * width))))
     return f"""
-    zero = Constant <value_ints: ints = [0]> ()
-    one = Constant <value_ints: ints = [1]> ()
-    two = Constant <value_ints: ints = [2]> ()
-    last_axis = Constant <value_ints: ints = [-1]> ()
-    n0 = Constant <value: tensor = int64 {{0}}> ()
-    n1 = Constant <value: tensor = int64 {{1}}> ()
+    {preamble(g)}
     fanout = Constant <value: tensor = int64 {{{FANOUT}}}> ()
-    scale_value = Constant <value: tensor = float {{{np.format_float_positional(np.float32(g.scale), trim="0")}}}> ()
     float_one = Constant <value: tensor = float {{1.0}}> ()
-    visible_bias = Constant <value: tensor = float {{0.0}}> ()
-    hidden_bias = Constant <value: tensor = float {{{_HIDDEN}}}> ()
-    nearly_hidden = Constant <value: tensor = float {{-1e29}}> ()
-    query_length_1d = Shape <start: int = 1, end: int = 2> (query)
-    query_length = Squeeze (query_length_1d, zero)
-    key_length_1d = Shape <start: int = 1, end: int = 2> (key)
-    key_length = Squeeze (key_length_1d, zero)
-    offset = Sub (key_length, query_length)
     last_key = Sub (key_length, n1)
-    mask_bias = Where (key_mask, visible_bias, hidden_bias)
-    kv_shape = Constant <value_ints: ints = [0, -1, {kv}, {dim}]> ()
-
     two_blocks = Constant <value: tensor = int64 {{{2 * form.block}}}> ()
     within_two_blocks = LessOrEqual (key_length, two_blocks)
     output = If (within_two_blocks) <then_branch: graph = whole () => (whole_output) {{
         {attend_whole(g)}
     }}, else_branch: graph = tiled () => (tiled_output) {{
         block = Constant <value: tensor = int64 {{{form.block}}}> ()
-        tile = Constant <value: tensor = int64 {{{tile}}}> ()
+        {_means(form, g)}
+        {_causal_table(form.block, tile) if g.causal else ""}
+        {_query_tiles(g, tiling)}
+        {_attended(form, g, tiling)}
+        batch_first = Transpose <perm: ints = [1, 0, 2, 3]> (output_by_chunk)
+        joined_shape = Constant <value_ints: ints = [0, -1, {g.num_heads * g.head_dim}]> ()
+        joined = Reshape (batch_first, joined_shape)
+        query_end_1d = Unsqueeze (query_end, zero)
+        tiled_output = Slice (joined, query_head_1d, query_end_1d, one)
+    }}>
+    """
+
+
+def tile_size(block: int) -> int:
+    """Queries per tile: a divisor of ``block``, so that a tile lies in one block, and few enough to stay in cache."""
+    return max(size for size in range(1, min(block, 64) + 1) if block % size == 0) if block % 64 else 64
+
+
+def _near(form: Hierarchical, g: AttentionGeometry) -> int:
+    """Keys of the blocks that a tile sees one by one."""
+    return (2 if g.causal else 3) * form.block
+
+
+def _means(form: Hierarchical, g: AttentionGeometry) -> str:
+    """``all_keys``, ``all_values`` with the means of every level behind them, and ``biases [batch, rows]`` of all."""
+    width, levels = g.kv_heads * g.head_dim, range(1, form.levels)
+    return f"""
         last_block_offset = Constant <value: tensor = int64 {{{form.block - 1}}}> ()
         blocks_rounded = Add (key_length, last_block_offset)
         nodes1 = Div (blocks_rounded, block)
@@ -74,18 +86,24 @@ def _(form: Hierarchical, geometry: AttentionGeometry, given: frozenset[str]) ->
         value_padded = Pad (value, key_pads)
         node_mask_shape = Constant <value_ints: ints = [0, -1, 1, {form.block}]> ()
         node_mask = Reshape (mask_padded, node_mask_shape)
-        node_shape = Constant <value_ints: ints = [0, -1, {form.block}, {kv * dim}]> ()
-        {_first_means("key", kv * dim)}
-        {_first_means("value", kv * dim)}
+        node_shape = Constant <value_ints: ints = [0, -1, {form.block}, {width}]> ()
+        {_first_means("key")}
+        {_first_means("value")}
         node_counts = ReduceSum <keepdims: int = 0> (node_mask, last_axis)
         counts1 = Squeeze (node_counts, two)
-        {"".join(_next_means(level, kv * dim) for level in levels[1:])}
+        {"".join(_next_means(level, width) for level in levels[1:])}
         {"".join(_normalize(level) for level in levels)}
         {_joined("key", levels)}
         {_joined("value", levels)}
         biases = Concat <axis: int = 1> (mask_bias_padded, {", ".join(f"count_bias{level}" for level in levels)})
+    """
 
-        {_causal_table(form.block, tile) if g.causal else ""}
+
+def _query_tiles(g: AttentionGeometry, tiling: _Tiling) -> str:
+    """``query_by_chunk`` and ``tiles_by_chunk``, the positions at which its tiles start, for the ``Scan``."""
+    tile, tiles = tiling.size, tiling.together
+    return f"""
+        tile = Constant <value: tensor = int64 {{{tile}}}> ()
         first_tile = Div (offset, tile)
         tiles_start = Mul (first_tile, tile)
         query_head = Sub (offset, tiles_start)
@@ -100,15 +118,23 @@ def _(form: Hierarchical, geometry: AttentionGeometry, given: frozenset[str]) ->
         query_tail_1d = Unsqueeze (query_tail, zero)
         query_pads = Concat <axis: int = 0> (zero, query_head_1d, zero, zero, query_tail_1d, zero)
         query_padded = Pad (query, query_pads)
-        query_shape = Constant <value_ints: ints = [0, -1, {tiles}, {tile}, {kv}, {groups}, {dim}]> ()
+        query_shape = Constant <
+            value_ints: ints = [0, -1, {tiles}, {tile}, {g.kv_heads}, {g.num_heads // g.kv_heads}, {g.head_dim}]
+        > ()
         query_split = Reshape (query_padded, query_shape)
         query_by_chunk = Transpose <perm: ints = [1, 0, 4, 2, 5, 3, 6]> (query_split)
         tile_starts = Range (n0, padded_queries, tile)
         tile_positions = Add (tile_starts, tiles_start)
         tiles_shape = Constant <value_ints: ints = [-1, {tiles}, 1]> ()
         tiles_by_chunk = Reshape (tile_positions, tiles_shape)
+    """
 
-        near_count = Constant <value: tensor = int64 {{{near}}}> ()
+
+def _attended(form: Hierarchical, g: AttentionGeometry, tiling: _Tiling) -> str:
+    """``output_by_chunk``: every tile to its near keys and to the means that it sees, in one softmax."""
+    tile, tiles, levels = tiling.size, tiling.together, range(1, form.levels)
+    return f"""
+        near_count = Constant <value: tensor = int64 {{{_near(form, g)}}}> ()
         near_offsets_from_own = Range (n0, near_count, n1)
         near_offsets = Sub (near_offsets_from_own, block)
         three_fanouts = Constant <value: tensor = int64 {{{3 * FANOUT}}}> ()
@@ -132,47 +158,19 @@ def _(form: Hierarchical, geometry: AttentionGeometry, given: frozenset[str]) ->
             seen_bias = Where (inside, rows_bias, hidden_bias)
             bias_shape = Constant <value_ints: ints = [0, 1, {tiles}, 1, 1, -1]> ()
             tile_bias = Reshape (seen_bias, bias_shape)
-            {_causal_bias(form.block, tile, tiles) if g.causal else "bias = Identity (tile_bias)"}
-            highest_bias = ReduceMax <keepdims: int = 1> (bias, last_axis)
-            row_sees_any = Greater (highest_bias, nearly_hidden)
-            row_factor = Cast <to: int = 1> (row_sees_any)
-
+            {_causal_bias(form.block, tile) if g.causal else "bias = Identity (tile_bias)"}
             keys = Gather <axis: int = 2> (all_keys, rows)
             values = Gather <axis: int = 2> (all_values, rows)
-            folded_shape = Constant <value_ints: ints = [0, {kv}, {tiles}, {groups * tile}, {dim}]> ()
-            query_folded = Reshape (chunk_query, folded_shape)
-            query_scaled = Mul (query_folded, scale_value)
             keys_transposed = Transpose <perm: ints = [0, 1, 2, 4, 3]> (keys)
-            scores_folded = MatMul (query_scaled, keys_transposed)
-            scores_shape = Constant <value_ints: ints = [0, {kv}, {tiles}, {groups}, {tile}, -1]> ()
-            scores = Reshape (scores_folded, scores_shape)
-            biased = Add (scores, bias)
-            weights = Softmax <axis: int = -1> (biased)
-            weights_shape = Constant <value_ints: ints = [0, {kv}, {tiles}, {groups * tile}, -1]> ()
-            weights_folded = Reshape (weights, weights_shape)
-            attended_folded = MatMul (weights_folded, values)
-            attended_shape = Constant <value_ints: ints = [0, {kv}, {tiles}, {groups}, {tile}, {dim}]> ()
-            attended = Reshape (attended_folded, attended_shape)
-            zeroed = Mul (attended, row_factor)
+            {attend_piece(g, "chunk_query", tiles, tile)}
             by_token = Transpose <perm: ints = [0, 2, 4, 1, 3, 5]> (zeroed)
-            packed_shape = Constant <value_ints: ints = [0, {tiles * tile}, {heads * dim}]> ()
+            packed_shape = Constant <value_ints: ints = [0, {tiles * tile}, {g.num_heads * g.head_dim}]> ()
             chunk_output = Reshape (by_token, packed_shape)
         }}> (query_by_chunk, tiles_by_chunk)
-        batch_first = Transpose <perm: ints = [1, 0, 2, 3]> (output_by_chunk)
-        joined_shape = Constant <value_ints: ints = [0, -1, {heads * dim}]> ()
-        joined = Reshape (batch_first, joined_shape)
-        query_end_1d = Unsqueeze (query_end, zero)
-        tiled_output = Slice (joined, query_head_1d, query_end_1d, one)
-    }}>
     """
 
 
-def tile_size(block: int) -> int:
-    """Queries per tile: a divisor of ``block``, so that a tile lies in one block, and few enough to stay in cache."""
-    return max(size for size in range(1, min(block, 64) + 1) if block % size == 0) if block % 64 else 64
-
-
-def _first_means(name: str, width: int) -> str:
+def _first_means(name: str) -> str:
     """Sums of blocks of level 1 over the visible keys, ``[batch, nodes, width]``."""
     return f"""
         {name}_blocks = Reshape ({name}_padded, node_shape)
@@ -292,7 +290,7 @@ def _causal_table(block: int, tile: int) -> str:
     """
 
 
-def _causal_bias(block: int, tile: int, tiles: int) -> str:
+def _causal_bias(block: int, tile: int) -> str:
     return f"""
             into_block = Mod (chunk_tiles, block)
             tile_in_block = Div (into_block, tile)
