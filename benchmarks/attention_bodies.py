@@ -30,8 +30,9 @@ from effc.compiler.bench import measure
 from effc.compiler.bench_process import Candidate, Worker
 from effc.compiler.feeds import TensorSpec
 from effc.compiler.machine import usable_cores
+from effc.plugins.bodies import OPSET
 from effc.plugins.forms.registry import parse_form
-from effc.plugins.function_body import OPSET, function_body
+from effc.plugins.function_body import function_body
 from effc.plugins.operator import DOMAIN, AttentionGeometry, optional_inputs
 from effc.plugins.pattern import DENSE
 from effc.plugins.reference import initial_parameters

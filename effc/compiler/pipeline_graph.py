@@ -26,7 +26,7 @@ from effc.passes.quantize import GraphPass, quantizing_passes
 from effc.passes.quantize_for_engine import engine_quantizing_passes
 from effc.passes.quantize_observe import Remembered
 from effc.passes.quantize_schemes import Schemes
-from effc.plugins.function_body import OPSET
+from effc.plugins.bodies import OPSET
 
 
 @dataclass(frozen=True)

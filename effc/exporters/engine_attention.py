@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import onnx
 import onnx_ir as ir
-from onnx import TensorProto, parser
+from onnx import TensorProto
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, LiftConstantsToInitializersPass
 
 from effc.errors import PreconditionError
@@ -27,13 +26,13 @@ from effc.exporters.engine_masked import write_masked
 from effc.exporters.engine_states import RECURRENT, STATES, past_states
 from effc.exporters.engine_sums import ENGINE_DOMAIN
 from effc.exporters.engine_topk import BLOCK_UNIT, KEY_SUMS, MOST_BLOCKS, write_lists, write_mask
-from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.position_statements import Statements
 from effc.plugins.forms.base import AttentionForm
 from effc.plugins.forms.content import BlockTopK
 from effc.plugins.forms.linear import Linear
 from effc.plugins.forms.terms import Dense
 from effc.plugins.function_body import geometry_of, is_attention
+from effc.plugins.function_text import parse_function
 from effc.plugins.operator import DOMAIN, KEY_MASK, AttentionGeometry, optional_inputs
 from effc.plugins.pattern import Pattern
 
@@ -254,10 +253,4 @@ def _body(
 
 
 def _function(name: str, overload: str, inputs: list[str], outputs: list[str], s: Statements) -> ir.Function:
-    proto: onnx.FunctionProto = parser.parse_function(
-        f'<domain: "{ENGINE_DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}]>\n'
-        f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{s.text()}}}"
-    )
-    for inner in proto.node:
-        inner.name = inner.output[0]
-    return ir.serde.deserialize_function(proto)
+    return parse_function(name, overload, inputs, outputs, s.text(), domain=ENGINE_DOMAIN, contrib=False)

@@ -9,12 +9,11 @@ first key, and gives ``present_*`` of the same shapes besides its output; all of
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx import parser
 
 from effc.exporters.generation_bodies import RECURRENT_ATTENTION
-from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.linear_state import recurrent_text, step_text
 from effc.plugins.function_body import ATTRIBUTES, geometry_of
+from effc.plugins.function_text import parse_function
 from effc.plugins.operator import DOMAIN, KEY_MASK, AttentionGeometry
 
 RECURRENT = RECURRENT_ATTENTION
@@ -70,13 +69,9 @@ def _function(geometry: AttentionGeometry, names: list[str]) -> ir.Function:
     step = past_states()[0] in names
     text = step_text(geometry, given) if step else _empty(geometry) + recurrent_text(geometry, given)
     outputs = ["output", *(f"present_{name}" for name in STATES)]
-    proto = parser.parse_function(
-        f'<domain: "{DOMAIN}", overload: "{"step" if step else "whole"}_{geometry.overload(given)}", '
-        f'opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-        f"{RECURRENT} <{', '.join((*ATTRIBUTES, 'inputs'))}> ({', '.join(['query', 'key', 'value', *names])}) => "
-        f"({', '.join(outputs)})\n{{{text}}}"
-    )
-    return ir.serde.deserialize_function(proto)
+    overload = f"{'step' if step else 'whole'}_{geometry.overload(given)}"
+    inputs, attributes = ["query", "key", "value", *names], (*ATTRIBUTES, "inputs")
+    return parse_function(RECURRENT, overload, inputs, outputs, text, attributes=attributes)
 
 
 def _empty(geometry: AttentionGeometry) -> str:

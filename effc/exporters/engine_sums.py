@@ -9,16 +9,16 @@ then has ``key_sums`` behind its mask, so that a step reads one row for each blo
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx import TensorProto, parser
+from onnx import TensorProto
 
 from effc.exporters.engine_masked import write_masked
 from effc.exporters.engine_topk import KEY_SUMS, sum_keys, write_lists, write_mask
-from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.position_statements import Statements
 from effc.plugins.forms.content import BlockTopK
 from effc.plugins.forms.terms import Dense
 from effc.plugins.function_body import ATTRIBUTES, geometry_of
-from effc.plugins.operator import DOMAIN, KEY_MASK, AttentionGeometry
+from effc.plugins.function_text import parse_function
+from effc.plugins.operator import KEY_MASK, AttentionGeometry
 from effc.plugins.pattern import Pattern
 
 ENGINE_DOMAIN = "effc.engine"
@@ -96,13 +96,7 @@ def _sums_function(geometry: AttentionGeometry, masked: bool, step: bool) -> ir.
         s("Identity", sum_keys(s, form, geometry, s("Sub", s("Mul", blocks, form.block), keys), mask), to="block_rows")
     text = s.text() + f"\n{KEY_SUMS} = Identity (block_rows)\n"
     overload = f"{'step' if step else 'whole'}_{geometry.overload(frozenset(inputs[1:2] if masked else ()))}"
-    proto = parser.parse_function(
-        f'<domain: "{ENGINE_DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}]>\n'
-        f"KeySums ({', '.join(inputs)}) => ({KEY_SUMS})\n{{{text}}}"
-    )
-    for inner in proto.node:
-        inner.name = inner.output[0]
-    return ir.serde.deserialize_function(proto)
+    return parse_function("KeySums", overload, inputs, [KEY_SUMS], text, domain=ENGINE_DOMAIN, contrib=False)
 
 
 def _add_token(s: Statements, form: BlockTopK, mask: str | None) -> None:
@@ -126,11 +120,5 @@ def _body(geometry: AttentionGeometry, given: tuple[str, ...], past: bool) -> ir
     chosen = write_mask(s, lists, form, geometry, TensorProto.FLOAT)
     write_masked(s, Pattern((Dense(),)), geometry, given, TensorProto.FLOAT, past, chosen)
     overload = f"{'step' if past else 'whole'}_{geometry.overload(frozenset(given))}"
-    proto = parser.parse_function(
-        f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}]>\n'
-        f"{form.op_type} <{', '.join((*ATTRIBUTES, 'inputs'))}> "
-        f"({', '.join(['query', 'key', 'value', *given])}) => (output)\n{{{s.text()}}}"
-    )
-    for inner in proto.node:
-        inner.name = inner.output[0]
-    return ir.serde.deserialize_function(proto)
+    inputs, attributes = ["query", "key", "value", *given], (*ATTRIBUTES, "inputs")
+    return parse_function(form.op_type, overload, inputs, ["output"], s.text(), attributes=attributes, contrib=False)

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx import parser
 
-from effc.plugins.bodies import OPSET
 from effc.plugins.bodies.linear_state import recurrent_text, step_text
 from effc.plugins.caches import CACHED_ATTENTION, sees_itself
 from effc.plugins.function_body import ATTRIBUTES
-from effc.plugins.operator import DOMAIN, AttentionGeometry
+from effc.plugins.function_text import parse_function
+from effc.plugins.operator import AttentionGeometry
 from effc.plugins.pattern import Pattern
 
 RECURRENT_ATTENTION = "RecurrentAttention"
@@ -87,13 +86,7 @@ def cached_attention(geometry: AttentionGeometry, given: frozenset[str], kept_in
         inputs.pop()
     overload = "_".join([f"h{heads}_kv{kv}_d{dim}_s{scale.replace('.', 'p')}", *distances, *(["guarded"] * guarded)])
     overload += "" if kept_in == "fp32" else f"_{kept_in}"
-    proto = parser.parse_function(
-        f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-        f"{CACHED_ATTENTION} <{', '.join(ATTRIBUTES)}> ({', '.join(inputs)}) => (output)\n{{{text}}}"
-    )
-    for node in proto.node:
-        node.name = node.output[0]
-    return ir.serde.deserialize_function(proto)
+    return parse_function(CACHED_ATTENTION, overload, inputs, ["output"], text, attributes=ATTRIBUTES)
 
 
 _CASTS = """
@@ -137,16 +130,12 @@ def recurrent_attention(
     """
     inputs = ["query", "key", "value", *given, *(f"past_{name}" for name in states)]
     outputs = ["output", *(f"present_{name}" for name in states)]
-    functions = []
-    for kind, text in (("step", step_text), ("chunked", recurrent_text)):
-        proto = parser.parse_function(
-            f'<domain: "{DOMAIN}", overload: "{kind}_{geometry.overload(frozenset(given))}", '
-            f'opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-            f"{RECURRENT_ATTENTION} ({', '.join(inputs)}) => ({', '.join(outputs)})\n"
-            f"{{{text(geometry, frozenset(given))}}}"
-        )
-        functions.append(ir.serde.deserialize_function(proto))
-    return functions[0], functions[1]
+    optional = frozenset(given)
+
+    def function(kind: str, text: str) -> ir.Function:
+        return parse_function(RECURRENT_ATTENTION, f"{kind}_{geometry.overload(optional)}", inputs, outputs, text)
+
+    return function("step", step_text(geometry, optional)), function("chunked", recurrent_text(geometry, optional))
 
 
 def _distance_text(distances: list[str], kv: int, groups: int) -> str:

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from effc.errors import PassFailedError
 from effc.exporters.rotary_batch import expand_rotary_caches
-from effc.plugins.function_body import OPSET, attach_bodies
+from effc.plugins.bodies import OPSET
+from effc.plugins.function_body import attach_bodies
 
 
 def export_onnx(

@@ -6,14 +6,12 @@ instead.
 
 from __future__ import annotations
 
-import onnx
 import onnx_ir as ir
-from onnx import parser
 
 from effc.errors import PassFailedError
-from effc.plugins.bodies import OPSET as OPSET
 from effc.plugins.bodies import body_text
 from effc.plugins.forms.registry import parse_form
+from effc.plugins.function_text import parse_function
 from effc.plugins.operator import DOMAIN, KEY_MASK, LAYER_ATTRIBUTE, AttentionGeometry, optional_inputs
 
 ATTRIBUTES = ("pattern", "causal", "num_heads", "kv_num_heads", "scale")
@@ -46,14 +44,8 @@ def function_body(geometry: AttentionGeometry, given: frozenset[str] = frozenset
     # An input that the node leaves out still has its place; the body does not use it.
     parameters = ["query", "key", "value", *(name if name in given else f"no_{name}" for name in names)]
     mask = "" if KEY_MASK in given else _ALL_VISIBLE
-    proto = parser.parse_function(
-        f'<domain: "{DOMAIN}", overload: "{geometry.overload(given)}", '
-        f'opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
-        f"{form.op_type} <{', '.join(ATTRIBUTES)}> ({', '.join(parameters)}) => (output)\n"
-        f"{{{mask}{body_text(form, geometry, given)}}}"
-    )
-    _name_nodes(proto)
-    return ir.serde.deserialize_function(proto)
+    text = mask + body_text(form, geometry, given)
+    return parse_function(form.op_type, geometry.overload(given), parameters, ["output"], text, attributes=ATTRIBUTES)
 
 
 def attach_bodies(model: ir.Model) -> list[ir.Node]:
@@ -92,19 +84,3 @@ def geometry_of(node: ir.Node) -> AttentionGeometry:
         width // heads,
         node.attributes["scale"].as_float(),
     )
-
-
-def _name_nodes(proto: onnx.FunctionProto) -> None:
-    """Name the nodes by what they compute, so that a profile shows whose body they belong to."""
-    for node in proto.node:
-        node.name = node.output[0]
-        for attribute in node.attribute:
-            _name_inner_nodes(attribute.g, proto.name)
-
-
-def _name_inner_nodes(graph: onnx.GraphProto, operator: str) -> None:
-    """Nodes in branches and loops keep their names when the function is inlined, so these say where they come from."""
-    for node in graph.node:
-        node.name = f"{operator}_body/{node.output[0]}"
-        for attribute in node.attribute:
-            _name_inner_nodes(attribute.g, operator)
