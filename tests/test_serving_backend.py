@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,20 @@ class TestForward:
             assert actual.shape == wanted.shape
             # The INT8 product takes its range from the whole batch; a key from the padding would cost far more.
             assert np.linalg.norm(actual - wanted) < 0.03 * np.linalg.norm(wanted)
+
+    def test_only_outputs_that_somebody_wants_leave_the_session(self, tmp_path):
+        model = forward(tmp_path)
+        requests = [{"input_ids": ids(1, length)} for length in (5, 6, 40)]
+        whole, runs = model.run(requests), []
+        run = model.session.run
+        model.session = SimpleNamespace(run=lambda names, feeds: runs.append(names) or run(names, feeds))
+        first, second, third = model.run(requests, [["pooler_output"], ["last_hidden_state"], ["pooler_output"]])
+        assert runs == [["last_hidden_state", "pooler_output"], ["pooler_output"]]
+        for answer, expected, name in zip(
+            (first, second, third), whole, ("pooler_output", "last_hidden_state", "pooler_output"), strict=True
+        ):
+            np.testing.assert_array_equal(answer[name], expected[name])
+        assert set(third) == {"pooler_output"}
 
     def test_a_part_of_a_graph_does_not_pad(self, tmp_path):
         model = forward(tmp_path, pads=False)

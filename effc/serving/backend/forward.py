@@ -6,10 +6,10 @@ Requests of about the same length are padded and run as one batch: padding is wo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -60,6 +60,12 @@ class ForwardSettings:
         return {**vars(self), **specs, "padding": dict(self.padding)}
 
 
+class _Request(NamedTuple):
+    number: int
+    feeds: Arrays
+    wanted: Collection[str]
+
+
 class Forward:
     """A session and the rules by which requests share its runs."""
 
@@ -70,72 +76,82 @@ class Forward:
         self._output_names = [spec.name for spec in settings.outputs]
         self.runs = 0
 
-    def run(self, requests: Sequence[Mapping[str, NDArray[Any]]]) -> list[Arrays | EffcError]:
+    def run(
+        self,
+        requests: Sequence[Mapping[str, NDArray[Any]]],
+        wanted: Sequence[Collection[str]] | None = None,
+    ) -> list[Arrays | EffcError]:
         """Answer requests, each with its outputs or with what is wrong with it.
 
         Args:
             requests: the inputs of each, ``[rows, ...]``. Masks and the like may be missing.
+            wanted: names of the outputs that each request asks for; all of them when not given. An answer may hold
+                more, where requests with other wishes shared the run.
         """
         answers: list[Arrays | EffcError] = [EffcError("No answer.")] * len(requests)
-        ready: list[tuple[int, Arrays]] = []
+        ready: list[_Request] = []
         for number, given in enumerate(requests):
             try:
                 feeds = prepare_inputs(given, self.settings.inputs, self.settings.max_length)
-                ready.append((number, feeds))
             except EffcError as error:
                 answers[number] = error
+                continue
+            ready.append(_Request(number, feeds, self._output_names if wanted is None else wanted[number]))
         for group in self._groups(ready):
-            together = self._answers([feeds for _, feeds in group])
-            for (number, _), answer in zip(group, together, strict=True):
-                answers[number] = answer
+            for request, answer in zip(group, self._answers(group), strict=True):
+                answers[request.number] = answer
         return answers
 
-    def _answers(self, group: list[Arrays]) -> Sequence[Arrays | EffcError]:
+    def _answers(self, group: list[_Request]) -> Sequence[Arrays | EffcError]:
         try:
             return self._run_together(group)
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own.
             if len(group) > 1:
-                return [answer for feeds in group for answer in self._answers([feeds])]
+                return [answer for request in group for answer in self._answers([request])]
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             return [EffcError(f"ONNX Runtime failed: {first}.", "Send fewer or shorter sequences.")]
 
-    def _run_together(self, group: list[Arrays]) -> list[Arrays]:
+    def _run_together(self, group: list[_Request]) -> list[Arrays]:
+        # What nobody wants stays in the session: hidden states are long to copy.
+        outputs = [spec for spec in self.settings.outputs if any(spec.name in request.wanted for request in group)]
+        names = [spec.name for spec in outputs]
         if len(group) == 1:
-            return [dict(zip(self._output_names, self._values(group[0]), strict=True))]
-        rows = [len(next(iter(feeds.values()))) for feeds in group]
-        lengths = [self._length(feeds) for feeds in group]
+            return [dict(zip(names, self._values(names, group[0].feeds), strict=True))]
+        rows = [len(next(iter(request.feeds.values()))) for request in group]
+        lengths = [self._length(request.feeds) for request in group]
         longest = max(lengths)
         feeds = {
-            spec.name: np.concatenate([self._padded(feeds[spec.name], spec, longest) for feeds in group])
+            spec.name: np.concatenate([self._padded(request.feeds[spec.name], spec, longest) for request in group])
             for spec in self.settings.inputs
         }
-        values = self._values(feeds)
+        values = self._values(names, feeds)
         ends = np.cumsum(rows)
         answers = []
         for end, count, length in zip(ends, rows, lengths, strict=True):
             answers.append(
                 {
                     spec.name: self._cut(value[end - count : end], spec, length)
-                    for spec, value in zip(self.settings.outputs, values, strict=True)
+                    for spec, value in zip(outputs, values, strict=True)
                 }
             )
         return answers
 
-    def _values(self, feeds: Arrays) -> Sequence[NDArray[Any]]:
+    def _values(self, names: list[str], feeds: Arrays) -> Sequence[NDArray[Any]]:
         self.runs += 1
-        values: Sequence[NDArray[Any]] = self.session.run(self._output_names, feeds)
+        # No name at all would mean every output.
+        values: Sequence[NDArray[Any]] = self.session.run(names, feeds) if names else ()
         return values
 
-    def _groups(self, ready: list[tuple[int, Arrays]]) -> Iterator[list[tuple[int, Arrays]]]:
+    def _groups(self, ready: list[_Request]) -> Iterator[list[_Request]]:
         """Requests that may share a run, the shortest first."""
-        group: list[tuple[int, Arrays]] = []
+        group: list[_Request] = []
         rows = 0
-        for number, feeds in sorted(ready, key=lambda entry: self._length(entry[1])):
-            own = len(next(iter(feeds.values())))
-            if group and (rows + own > self.settings.max_batch or not self._fit(group[0][1], feeds)):
+        for request in sorted(ready, key=lambda entry: self._length(entry.feeds)):
+            own = len(next(iter(request.feeds.values())))
+            if group and (rows + own > self.settings.max_batch or not self._fit(group[0].feeds, request.feeds)):
                 yield group
                 group, rows = [], 0
-            group.append((number, feeds))
+            group.append(request)
             rows += own
         if group:
             yield group
