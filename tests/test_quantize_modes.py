@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from cpu_products import SATURATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import WORDS, save_lively
@@ -194,10 +195,10 @@ def test_gptq_lowers_the_error_of_fp8_products() -> None:
 
 def test_modes_are_as_close_as_their_bits_allow() -> None:
     modes = ("int8", "int8-weights", "int4-weights", "fp8", "fp16", "bf16")
-    errors = {mode: error_of(gated_mlp(), mode=mode) for mode in modes}
+    errors = {mode: error_of(gated_mlp(), mode=mode, reduce_range=SATURATES and mode == "int8") for mode in modes}
     assert all(error > 0 for error in errors.values())
     assert errors["fp16"] < 1e-3 and errors["bf16"] < 8e-3
-    assert errors["int8"] < 0.02 and errors["int8-weights"] < 0.02
+    assert errors["int8"] < (0.03 if SATURATES else 0.02) and errors["int8-weights"] < 0.02
     assert errors["fp8"] < 0.08 and 0.03 < errors["int4-weights"] < 0.15
 
 
@@ -301,7 +302,7 @@ def test_a_scale_per_token_holds_tokens_of_all_sizes() -> None:
             node.replace_input_with(0, model.graph.inputs[0])
         feeds["x"][0, 0] = 300 * normal(WIDTH)
         wanted = run(model, feeds)
-        quantize(model, QuantizationSection(mode="int8", activations=activations), None)
+        quantize(model, QuantizationSection(mode="int8", activations=activations, reduce_range=SATURATES), None)
         got = run(model, feeds)
         errors[activations] = relative_error(got[0, 1:], wanted[0, 1:])
     assert errors["token"] < 0.03 < errors["tensor"]
