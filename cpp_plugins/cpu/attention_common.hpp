@@ -197,20 +197,17 @@ EFFC_NOINLINE void accumulate_tile(const float* weights, const float* value, int
   }
 }
 
-// The same for all of head_dim, cut into register tiles of nearly equal width.
+// The same for all of head_dim, cut into register tiles, of which the last two are of nearly equal width.
 template <class Arithmetic, int kRows, int kKeyStep, int kRowStep>
 inline void accumulate(const float* weights, const float* value, int64_t value_stride, int keys, int64_t head_dim,
                        const float* rescale, float* output, int64_t output_stride) {
   const int vectors = vectors_for(head_dim);
   const int last_lanes = static_cast<int>(head_dim - (vectors - 1) * kWidth);
-  const int pieces = (vectors + Simd::kTileVectors - 1) / Simd::kTileVectors;
-  int end = 0;
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int begin = end;
-    // The usual case, one piece, without a division.
-    end = piece == pieces - 1 ? vectors : vectors * (piece + 1) / pieces;
-    const int count = end - begin;
-    const bool partial = end == vectors && last_lanes < kWidth;
+  for (int begin = 0, count; begin < vectors; begin += count) {
+    const int left = vectors - begin;
+    const bool last_two = Simd::kTileVectors < left && left < 2 * Simd::kTileVectors;
+    count = last_two ? (left + 1) / 2 : (left < Simd::kTileVectors ? left : Simd::kTileVectors);
+    const bool partial = count == left && last_lanes < kWidth;
     const float* from = value + begin * kWidth;
     float* to = output + begin * kWidth;
     const auto run = [&](auto tile_function) {
