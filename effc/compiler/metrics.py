@@ -145,11 +145,6 @@ def pooled_cosines(
     return result
 
 
-def pooled_cosine(reference: Array, candidate: Array, mask: Array | None = None) -> float:
-    """Mean of :func:`pooled_cosines`."""
-    return float(pooled_cosines(reference, candidate, mask).mean())
-
-
 def _vectors(reference: Array, candidate: Array, mask: Array | None) -> tuple[Array, Array]:
     """Both as ``[vectors, size]``, without padding."""
     reference, candidate = np.asarray(reference), np.asarray(candidate)

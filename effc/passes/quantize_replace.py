@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from effc.passes.quantize_find import Columns, Linear
-from effc.passes.quantize_graph import Editor, only_consumer, replace_value
+from effc.passes.quantize_graph import Editor, replace_value
 from effc.passes.quantize_numbers import Floats
 from effc.passes.quantize_plan import input_of
 
@@ -80,8 +80,3 @@ def replace_linear(
     if beside is None:
         editor.graph.remove([linear.split, linear.node] if linear.split else linear.node, safe=True)
     return changed
-
-
-def bias_adder(columns: Columns) -> ir.Node | None:
-    """The Add of a constant that alone reads the product, or None."""
-    return only_consumer(columns.output, "Add")
