@@ -1,6 +1,6 @@
 """What serving costs: the served path against a direct session, batching, the router, texts written together.
 
-    python benchmarks/serving.py overhead ARTIFACT [--length 128]
+    python benchmarks/serving.py overhead ARTIFACT [--length 128] [--max-batch 8]
     python benchmarks/serving.py batching ARTIFACT
     python benchmarks/serving.py router SPARSE DENSE TEXTS
     python benchmarks/serving.py writing ARTIFACT
@@ -60,8 +60,10 @@ def tensor(ids: np.ndarray) -> Any:
     return made
 
 
-def overhead(artifact: Path, length: int) -> None:
+def overhead(artifact: Path, length: int, max_batch: int) -> None:
     """Wall and CPU time of one request at batch 1, by gRPC and by HTTP, less that of the same run in a direct session.
+
+    A server that runs requests one at a time (``max_batch`` 1) hands them on without its batcher.
 
     The three take turns; requests come from processes of their own, one per protocol, as they do in use. Beside them,
     the time of a request that no model sees, which is the protocol's own.
@@ -75,7 +77,7 @@ def overhead(artifact: Path, length: int) -> None:
     spent: dict[str, list[float]] = {"direct": [], "gRPC": [], "HTTP": []}
     pool = multiprocessing.get_context("spawn").Pool
     with (
-        served(artifact, threads=1, batch_delay_us=0) as server,
+        served(artifact, threads=1, max_batch=max_batch, batch_delay_us=0) as server,
         pool(1, connect_grpc, (server.grpc, ids, output)) as by_grpc,
         pool(1, connect_http, (server.http, ids, output)) as by_http,
     ):
@@ -93,7 +95,7 @@ def overhead(artifact: Path, length: int) -> None:
                     spent[name].append(
                         1000 * (time.process_time() - cpu if name == "direct" else cpu_seconds(server) - before)
                     )
-    print(f"{length} tokens, batch 1, output {output}")
+    print(f"{length} tokens, batch 1 of at most {max_batch}, output {output}")
     for name, times in wall.items():
         line = f"{name}: median {median(times):.2f} ms, least {min(times):.2f}"
         if name in ("gRPC", "HTTP"):
@@ -237,10 +239,11 @@ def main() -> None:
     parser.add_argument("what", choices=("overhead", "batching", "router", "writing"))
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--max-batch", type=int, default=1, help="rows that the server of overhead may merge")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if given.what == "overhead":
-        overhead(*given.paths, given.length)
+        overhead(*given.paths, given.length, given.max_batch)
     else:
         {"batching": batching, "router": router, "writing": writing}[given.what](*given.paths)
 
