@@ -29,6 +29,7 @@ from effc.compiler.manifest import (
 from effc.compiler.recipe import build_recipe
 from effc.compiler.report import render_report, write_report
 from effc.compiler.report_command import command_line
+from effc.compiler.report_explain import explain
 from effc.compiler.report_page import cosine, milliseconds, number, times
 from effc.compiler.report_plots import probe_series, visibility
 from effc.compiler.report_verdict import judge
@@ -412,6 +413,25 @@ def test_picture_shares_are_exact() -> None:
 )  # fmt: skip
 def test_figures(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("isa", "quantization", "told", "advised"),
+    [
+        (["avx2"], {"mode": "int8"}, True, True),
+        (["avx2"], {"mode": "int8", "reduce_range": True}, True, False),
+        (["avx2"], {"mode": "none", "layers": {"*": "int8"}}, True, True),
+        (["avx2"], {"mode": "fp16"}, False, False),
+        (["avx2", "avx512f", "avx512_vnni"], {"mode": "int8"}, False, False),
+        (["neon"], {"mode": "int8"}, False, False),
+    ],
+)
+def test_a_cpu_without_vnni_is_named(isa: list[str], quantization: dict[str, Any], told: bool, advised: bool) -> None:
+    manifest = full_manifest(quantization=quantization)
+    assert manifest.benchmark is not None
+    manifest.benchmark.machine["isa"] = isa
+    sentences = " ".join(explain(manifest))
+    assert ("no VNNI" in sentences) == told and ("reduce_range" in sentences) == advised
 
 
 def test_unwritable_path_is_explained(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,8 @@ ISA_FLAGS = {
     "bf16": "bf16",
     "sve": "sve",
 }
+
+_EXACT_INT8 = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def describe_machine() -> Machine:
         system=platform.platform(),
         python=platform.python_version(),
     )
+
+
+def int8_saturates(isa: Collection[str]) -> bool:
+    """Whether a CPU with these vector extensions adds pairs of 8-bit products in 16 bits: AVX2 without VNNI."""
+    return "avx2" in isa and not _EXACT_INT8.intersection(isa)
 
 
 def usable_cores() -> int:

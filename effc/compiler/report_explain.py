@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from effc.compiler.machine import int8_saturates
 from effc.compiler.manifest import BenchRecord, CompressionRecord, Manifest
 from effc.compiler.report_page import number, times
 from effc.compiler.report_patterns import dense_share, readable_pattern
@@ -56,11 +59,24 @@ def explain(manifest: Manifest) -> list[str]:
         result.append(f"{len(kept)} of {_layers(len(manifest.attention))} kept their attention: {listed}.")
     if (manifest.recipe.get("quantization") or {}).get("mode") == "none":
         result.append("Nothing was quantized, so the linear layers run in fp32; --quant=int8 changes that.")
+    if bench and int8_saturates(bench.machine.get("isa") or ()):
+        result += _without_vnni(manifest.recipe.get("quantization") or {})
     if bench and measured:
         cpu, wall = bench.speedup[str(measured[0])], bench.speedup_wall.get(str(measured[0]))
         if wall is not None and (wall < 1) != (cpu < 1):
             result.append(f"The wall clock says otherwise, {times(wall)}: the machine was busy or threads stood idle.")
     return result
+
+
+def _without_vnni(quantization: Mapping[str, Any]) -> Iterator[str]:
+    if "int8" not in (quantization.get("mode"), *(quantization.get("layers") or {}).values()):
+        return
+    yield "This CPU has no VNNI: INT8 layers gain less here than on CPUs that have it."
+    if not quantization.get("reduce_range"):
+        yield (
+            "It adds pairs of 8-bit products in 16 bits, where they may saturate; the recipe's reduce_range keeps "
+            "weights to 7 bits, which fit."
+        )
 
 
 def compression_sentence(compression: CompressionRecord, before: int) -> str:
