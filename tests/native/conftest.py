@@ -12,7 +12,7 @@ import pytest
 # The helper modules beside this file, whatever pytest's import mode is.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from native_build import cmake_build
+from native_build import release_build
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,4 @@ def library() -> Path:
         return Path(override)
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
-    return cmake_build("release", target="effc_cpu") / "libeffc_cpu.so"
+    return release_build() / "libeffc_cpu.so"
