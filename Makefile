@@ -2,12 +2,13 @@
 # make test    everything a change has to pass: lint, types, quick tests
 # make slow    the tests that take longer
 # make serving the tests on a real Triton server, which is fetched once into effc's cache
+# make plugin  the TensorRT plugin in TensorRT 10 and 11, which are fetched once into effc's cache
 # make lint    style and types only
 # make format  put the code into the style that lint asks for
 # make clean   remove what the others made
 #
 # Each sets up what it needs in .venv, given python3 (3.11 or newer, with venv), g++ and make.
-.PHONY: demo test slow serving lint format setup clean
+.PHONY: demo test slow serving plugin lint format setup clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +29,9 @@ slow: setup
 
 serving: setup
 	python -m pytest -m server
+
+plugin: setup
+	python -m pytest -m slow -rs tests/test_tensorrt_plugin.py -k test_tensorrt_10_and_11_create_the_plugin
 
 lint: setup
 	ruff check .
