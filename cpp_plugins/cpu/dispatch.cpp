@@ -2,8 +2,10 @@
 
 #include <cstdlib>
 
-#if defined(EFFC_HAVE_X86_KERNELS) && defined(__linux__)
+#if defined(EFFC_HAVE_X86_KERNELS)
 #include <cpuid.h>
+#endif
+#if defined(EFFC_HAVE_X86_KERNELS) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -39,8 +41,13 @@ bool amx_disabled() {
   const char* variable = std::getenv("EFFC_AMX");
   return variable != nullptr && variable == std::string("0");
 }
+// Not all compilers know the name "f16c"; its registers are those of AVX2.
+bool cpu_has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool cpu_has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
 }
 #endif
 

@@ -1,4 +1,4 @@
-// Vectors of 8 floats: AVX2 with FMA. Included by attention_avx2.cpp only.
+// Vectors of 8 floats: AVX2 with FMA and F16C. Included by attention_avx2.cpp only.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +24,10 @@ struct Simd {
   static Float load_first(const float* p, int count) {
     return _mm256_maskload_ps(p, _mm256_castps_si256(mask((1u << count) - 1)));
   }
-  static constexpr bool kReadsHalf = false;
+  static constexpr bool kReadsHalf = true;
+  static Float load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
