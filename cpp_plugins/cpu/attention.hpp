@@ -129,7 +129,9 @@ struct Workspace {
   int64_t kv_heads;         // of the task, at least 1
   int64_t first_head;       // of the task's query heads
   int64_t heads;
-  Position packed[kMaxPackedBlocks];  // the block of keys that each slot holds, or -1
+  Position packed[kMaxPackedBlocks];    // the block of keys that each slot holds, or -1
+  int64_t last_used[kMaxPackedBlocks];  // when each slot was last looked up, counted in `lookups`
+  int64_t lookups;
   Prefetch keys, values, queries, outputs;
 };
 

@@ -5,6 +5,7 @@
 
 #include "cpu/attention_common.hpp"
 #include "cpu/key_blocks.hpp"
+#include "cpu/packed_slots.hpp"
 
 namespace effc::cpu {
 namespace {
@@ -82,7 +83,7 @@ inline const float* find_slot(const Problem& problem, const QueryTile& tile, con
   const int64_t head_dim = problem.head_dim;
   const Position number = block.first / kKeyTile;
   const int64_t kv_head = tile.first_head / (problem.num_heads / problem.kv_num_heads) - workspace.first_kv_head;
-  const int64_t slot = kv_head * workspace.blocks_per_head + number % workspace.blocks_per_head;
+  const int64_t slot = slot_of(workspace, kv_head, number);
   float* packed = workspace.packed_memory + slot * 2 * kKeyTile * head_dim;
   if (workspace.packed[slot] == number) return packed;
   workspace.packed[slot] = number;

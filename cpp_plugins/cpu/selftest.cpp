@@ -21,6 +21,7 @@
 #include "cpu/schedule.hpp"
 #include "cpu/selftest_cached.hpp"
 #include "cpu/selftest_linear.hpp"
+#include "cpu/selftest_slots.hpp"
 #include "pattern/parse.hpp"
 
 namespace {
@@ -322,6 +323,10 @@ int main(int argc, char** argv) {
     if (!linear.empty()) fail(linear);
     const std::string cached = selftest::check_cached(all_kernels, on_threads(random.between(1, 3)), random.engine());
     if (!cached.empty()) fail(cached);
+  }
+  for (const Position first_blocks : {0, 1, 2}) {
+    const std::string slots = selftest::check_slots(first_blocks);
+    if (!slots.empty()) fail(slots);
   }
   // Whatever is written as a pattern is read or refused, never more.
   const std::string alphabet = "local:sinkbde|0123456789 -+#";

@@ -1,0 +1,41 @@
+// A window that passes over first tokens: every block is copied once.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "cpu/packed_slots.hpp"
+
+namespace effc::cpu::selftest {
+
+// Tiles of two heads look at the first blocks and at a window of five. Empty if all is well.
+inline std::string check_slots(Position first_blocks) {
+  constexpr int kHeads = 2, kWindow = 5, kTiles = 100;
+  const auto workspace = std::make_unique<Workspace>();
+  workspace->blocks_per_head = static_cast<int32_t>(first_blocks + kWindow + 1);
+  for (Position& packed : workspace->packed) packed = -1;
+  int copies = 0;
+  const auto look_at = [&](int head, Position number) {
+    const int64_t slot = slot_of(*workspace, head, number);
+    if (slot / workspace->blocks_per_head != head) return false;
+    copies += workspace->packed[slot] != number;
+    workspace->packed[slot] = number;
+    return true;
+  };
+  for (Position tile = 0; tile < kTiles; ++tile) {
+    for (int head = 0; head < kHeads; ++head) {
+      for (Position number = 0; number < first_blocks; ++number) {
+        if (!look_at(head, number)) return "a block lies in a slot of another head";
+      }
+      for (Position number = tile; number < tile + kWindow; ++number) {
+        if (!look_at(head, number)) return "a block lies in a slot of another head";
+      }
+    }
+  }
+  const int blocks = kHeads * (kTiles + kWindow - 1);
+  if (copies == blocks) return "";
+  return std::to_string(copies) + " copies of " + std::to_string(blocks) + " blocks beside " +
+         std::to_string(first_blocks) + " first ones";
+}
+
+}  // namespace effc::cpu::selftest
