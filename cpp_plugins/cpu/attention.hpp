@@ -133,6 +133,7 @@ struct Workspace {
   int64_t last_used[kMaxPackedBlocks];  // when each slot was last looked up, counted in `lookups`
   int64_t lookups;
   Prefetch keys, values, queries, outputs;
+  int32_t pieces;  // of keys and of values to ask for at a time
 };
 
 using AttendFunction = void (*)(const Call& call, const Pass& pass, const QueryTile& tile, Workspace& workspace);

@@ -45,6 +45,7 @@ void attend_rows_of_tile(const Call& call, const Pass& pass, const QueryTile& ti
     int lead = 0;
     if (packs && block.listed == nullptr) {
       pack<Arithmetic>(problem, tile, layout, block, thread);
+      look_ahead_at_random(problem, pass, tile, layout, walk.iterator, thread);
       lead = block.first % Arithmetic::kPerCell;
     } else if (kPairs) {
       float* slot = workspace.listed + 2 * kKeyTile * head_dim;

@@ -32,8 +32,10 @@ inline void advance(Prefetch& prefetch) {
 
 // A piece at a time, between register tiles: a burst would keep the arithmetic from what it needs now.
 inline void prefetch_keys(Workspace& workspace) {
-  advance<false>(workspace.keys);
-  advance<false>(workspace.values);
+  for (int n = 0; n < workspace.pieces; ++n) {
+    advance<false>(workspace.keys);
+    advance<false>(workspace.values);
+  }
 }
 inline void prefetch_rows(Workspace& workspace) {
   advance<false>(workspace.queries);
@@ -75,6 +77,21 @@ inline void use_packed(Fp32, const float* slot, int first, int64_t head_dim, Key
   block.stride = block.value_stride = head_dim;
 }
 
+// Asks for `width` numbers of each row of a block of keys and values, which may lie behind the last.
+inline void ask_for_block(const TileLayout& layout, Position number, int64_t width, int32_t pieces,
+                          Workspace& workspace) {
+  const Position first = number * kKeyTile;
+  const int rows = larger(smaller(layout.keys - first, kKeyTile), 0);
+  const int64_t stride = layout.key_stride;
+  workspace.keys = {layout.key + first * stride, stride, rows, width, 0};
+  workspace.values = {layout.value + first * stride, stride, rows, width, 0};
+  workspace.pieces = pieces;
+}
+
+inline int64_t kv_head_in_task(const Problem& problem, const QueryTile& tile, const Workspace& workspace) {
+  return tile.first_head / (problem.num_heads / problem.kv_num_heads) - workspace.first_kv_head;
+}
+
 // The slot of a block's keys and values side by side, filled by pack(key, value, keys, slot) unless an earlier tile
 // has.
 template <class Pack>
@@ -82,7 +99,7 @@ inline const float* find_slot(const Problem& problem, const QueryTile& tile, con
                               const KeyBlock& block, Workspace& workspace, Pack pack) {
   const int64_t head_dim = problem.head_dim;
   const Position number = block.first / kKeyTile;
-  const int64_t kv_head = tile.first_head / (problem.num_heads / problem.kv_num_heads) - workspace.first_kv_head;
+  const int64_t kv_head = kv_head_in_task(problem, tile, workspace);
   const int64_t slot = slot_of(workspace, kv_head, number);
   float* packed = workspace.packed_memory + slot * 2 * kKeyTile * head_dim;
   if (workspace.packed[slot] == number) return packed;
@@ -92,13 +109,22 @@ inline const float* find_slot(const Problem& problem, const QueryTile& tile, con
   const int64_t stride = layout.key_stride;
   pack(layout.key + first * stride, layout.value + first * stride, smaller(keys, kKeyTile), packed);
   // The next queries are likely to need the block behind this one.
-  if (kv_head != 0) return packed;
-  const int64_t width = workspace.kv_heads * head_dim;
-  const int next = larger(smaller(keys - kKeyTile, kKeyTile), 0);
-  const int64_t begin = (first + kKeyTile) * stride;
-  workspace.keys = {layout.key + begin, stride, next, width, 0};
-  workspace.values = {layout.value + begin, stride, next, width, 0};
+  if (kv_head == 0) ask_for_block(layout, number + 1, workspace.kv_heads * head_dim, 1, workspace);
   return packed;
+}
+
+// Blocks drawn at random follow no other: what the walk comes to next is asked for while this block is computed, at
+// four times the pace of what the next tile needs.
+inline void look_ahead_at_random(const Problem& problem, const Pass& pass, const QueryTile& tile,
+                                 const TileLayout& layout, KeyTileIterator iterator, Workspace& workspace) {
+  bool random = false;
+  for (int t = 0; t < pass.pattern.term_count; ++t) random |= pass.pattern.terms[t].kind == TermKind::kRandom;
+  KeyTile keys;
+  const Scope scope = {static_cast<Position>(problem.kv_len), nullptr};
+  if (!random || !next_tile(iterator, pass.pattern, scope, keys)) return;
+  const Position number = keys.keys.begin / kKeyTile;
+  if (is_packed(workspace, kv_head_in_task(problem, tile, workspace), number)) return;
+  ask_for_block(layout, number, problem.head_dim, 4, workspace);
 }
 
 // Lets the block's keys and values lie side by side.

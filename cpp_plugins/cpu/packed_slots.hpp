@@ -26,5 +26,13 @@ inline int64_t slot_of(Workspace& workspace, int64_t kv_head, Position number) {
   return place;
 }
 
+inline bool is_packed(const Workspace& workspace, int64_t kv_head, Position number) {
+  const int64_t begin = kv_head * workspace.blocks_per_head, end = begin + workspace.blocks_per_head;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    if (workspace.packed[slot] == number) return true;
+  }
+  return false;
+}
+
 }  // namespace
 }  // namespace effc::cpu
