@@ -123,7 +123,7 @@ inline void look_ahead_at_random(const Problem& problem, const Pass& pass, const
   const Scope scope = {static_cast<Position>(problem.kv_len), nullptr};
   if (!random || !next_tile(iterator, pass.pattern, scope, keys)) return;
   const Position number = keys.keys.begin / kKeyTile;
-  if (is_packed(workspace, kv_head_in_task(problem, tile, workspace), number)) return;
+  if (find_packed(workspace, kv_head_in_task(problem, tile, workspace), number) >= 0) return;
   ask_for_block(layout, number, problem.head_dim, 4, workspace);
 }
 
