@@ -25,6 +25,7 @@ struct Simd {
   static Float load_first(const float* p, int count) {
     return MaskedLoad(FirstN(Floats(), static_cast<size_t>(count)), Floats(), p);
   }
+  static constexpr bool kReadsHalf = false;
   static void store(float* p, Float x) { StoreU(x, Floats(), p); }
   static Float add(Float a, Float b) { return Add(a, b); }
   static Float sub(Float a, Float b) { return Sub(a, b); }

@@ -25,6 +25,7 @@ struct Simd {
   static Float load_first(const float* p, int count) {
     return Float(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
   }
+  static constexpr bool kReadsHalf = false;
   static void store(float* p, Float x) { x.store_unaligned(p); }
   static Float add(Float a, Float b) { return a + b; }
   static Float sub(Float a, Float b) { return a - b; }
