@@ -38,6 +38,7 @@ void attend_rows_of_tile(const Call& call, const Pass& pass, const QueryTile& ti
   look_ahead(problem, pass, tile, layout, thread);
   constexpr bool kPairs = Arithmetic::kPerCell > 1;
   const bool packs = kPairs || (layout.rows >= kRowsWorthPacking && layout.key_stride != head_dim);
+  const bool at_random = draws_at_random(pass.pattern);
   BlockVisibility visibility;
   KeyBlock block;
   KeyWalk walk = walk_keys(pass, layout);
@@ -45,7 +46,7 @@ void attend_rows_of_tile(const Call& call, const Pass& pass, const QueryTile& ti
     int lead = 0;
     if (packs && block.listed == nullptr) {
       pack<Arithmetic>(problem, tile, layout, block, thread);
-      look_ahead_at_random(problem, pass, tile, layout, walk.iterator, thread);
+      if (at_random) look_ahead_in_walk(problem, pass, tile, layout, walk.iterator, thread);
       lead = block.first % Arithmetic::kPerCell;
     } else if (kPairs) {
       float* slot = workspace.listed + 2 * kKeyTile * head_dim;

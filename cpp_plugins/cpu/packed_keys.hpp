@@ -113,15 +113,21 @@ inline const float* find_slot(const Problem& problem, const QueryTile& tile, con
   return packed;
 }
 
-// Blocks drawn at random follow no other: what the walk comes to next is asked for while this block is computed, at
-// four times the pace of what the next tile needs.
-inline void look_ahead_at_random(const Problem& problem, const Pass& pass, const QueryTile& tile,
-                                 const TileLayout& layout, KeyTileIterator iterator, Workspace& workspace) {
-  bool random = false;
-  for (int t = 0; t < pass.pattern.term_count; ++t) random |= pass.pattern.terms[t].kind == TermKind::kRandom;
+// Whether a tile looks at blocks that do not lie behind those of the tile before.
+inline bool draws_at_random(const Pattern& pattern) {
+  for (int t = 0; t < pattern.term_count; ++t) {
+    if (pattern.terms[t].kind == TermKind::kRandom) return true;
+  }
+  return false;
+}
+
+// Asks for the block that the walk comes to next while this one is computed: at four times the pace of what the next
+// tile needs.
+inline void look_ahead_in_walk(const Problem& problem, const Pass& pass, const QueryTile& tile,
+                               const TileLayout& layout, KeyTileIterator iterator, Workspace& workspace) {
   KeyTile keys;
   const Scope scope = {static_cast<Position>(problem.kv_len), nullptr};
-  if (!random || !next_tile(iterator, pass.pattern, scope, keys)) return;
+  if (!next_tile(iterator, pass.pattern, scope, keys)) return;
   const Position number = keys.keys.begin / kKeyTile;
   if (find_packed(workspace, kv_head_in_task(problem, tile, workspace), number) >= 0) return;
   ask_for_block(layout, number, problem.head_dim, 4, workspace);

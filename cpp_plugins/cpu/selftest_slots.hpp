@@ -15,21 +15,15 @@ inline std::string check_slots(Position first_blocks) {
   workspace->blocks_per_head = static_cast<int32_t>(first_blocks + kWindow + 1);
   for (Position& packed : workspace->packed) packed = -1;
   int copies = 0;
-  const auto look_at = [&](int head, Position number) {
-    const int64_t slot = slot_of(*workspace, head, number);
-    if (slot / workspace->blocks_per_head != head) return false;
-    copies += workspace->packed[slot] != number;
-    workspace->packed[slot] = number;
-    return true;
-  };
   for (Position tile = 0; tile < kTiles; ++tile) {
-    for (int head = 0; head < kHeads; ++head) {
-      for (Position number = 0; number < first_blocks; ++number) {
-        if (!look_at(head, number)) return "a block lies in a slot of another head";
-      }
-      for (Position number = tile; number < tile + kWindow; ++number) {
-        if (!look_at(head, number)) return "a block lies in a slot of another head";
-      }
+    for (int n = 0; n < kHeads * (first_blocks + kWindow); ++n) {
+      const int head = n / (first_blocks + kWindow);
+      const Position nth = n % (first_blocks + kWindow);
+      const Position number = nth < first_blocks ? nth : tile + nth - first_blocks;
+      const int64_t slot = slot_of(*workspace, head, number);
+      if (slot / workspace->blocks_per_head != head) return "a block lies in a slot of another head";
+      copies += workspace->packed[slot] != number;
+      workspace->packed[slot] = number;
     }
   }
   const int blocks = kHeads * (kTiles + kWindow - 1);
