@@ -13,6 +13,7 @@ struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   static constexpr int kTileVectors = 4;
+  static constexpr int kTileSums = 24;
 
   using Floats = hwy::HWY_NAMESPACE::FixedTag<float, kWidth>;
   using Ints = hwy::HWY_NAMESPACE::FixedTag<int32_t, kWidth>;

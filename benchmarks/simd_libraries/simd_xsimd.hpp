@@ -13,6 +13,7 @@ struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   static constexpr int kTileVectors = 4;
+  static constexpr int kTileSums = 24;
 
   using Float = xsimd::batch<float, xsimd::avx512bw>;
   using Int = xsimd::batch<int32_t, xsimd::avx512bw>;

@@ -97,6 +97,7 @@ inline void use_packed(Bf16, const float* slot, int first, int64_t head_dim, Key
   block.stride = cells;
   block.value_stride = vectors_for(head_dim) * kWidth;
   block.value = slot + kKeyTile * cells + first / 2 * block.value_stride;
+  block.row_in_panels = -1;
 }
 
 // Rounds the weights of the block's `count` keys. The pairs are those of the values: if `lead` is 1, the first pair

@@ -4,7 +4,7 @@
 // along the keys (softmax), and the work is bound by reading keys and values once for all rows.
 #pragma once
 
-#include "cpu/attention_common.hpp"
+#include "cpu/accumulate.hpp"
 #include "cpu/key_blocks.hpp"
 
 namespace effc::cpu {

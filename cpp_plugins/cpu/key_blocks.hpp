@@ -13,6 +13,7 @@ struct KeyBlock {
   const float* value;
   int64_t stride;
   int64_t value_stride;
+  int row_in_panels;  // where the values lie in panels that begin at `value`: the first key's row; else -1
   int count;
   Progression positions;
   const Position* listed;  // positions, if they follow no progression
@@ -122,6 +123,7 @@ inline void gather(const Problem& problem, const TileLayout& layout, KeyBlock& b
   block.key = key;
   block.value = value;
   block.stride = block.value_stride = problem.head_dim;
+  block.row_in_panels = -1;
 }
 
 // Writes the next block and returns true, or returns false at the end. `memory` holds the listed keys of a block.
@@ -133,6 +135,7 @@ inline bool next_block(const Call& call, const Pass& pass, const QueryTile& tile
     block.key = layout.key + keys.keys.begin * layout.key_stride;
     block.value = layout.value + keys.keys.begin * layout.key_stride;
     block.stride = block.value_stride = layout.key_stride;
+    block.row_in_panels = -1;
     block.count = keys.keys.end - keys.keys.begin;
     block.positions = {layout.phase + keys.keys.begin * pass.step, pass.step, block.count};
     block.listed = nullptr;

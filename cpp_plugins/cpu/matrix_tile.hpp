@@ -1,7 +1,7 @@
 // Products of small matrices that lie in the second-level cache, for the linear kernels.
 #pragma once
 
-#include "cpu/attention_common.hpp"
+#include "cpu/register_tile.hpp"
 
 namespace effc::cpu {
 namespace {
@@ -18,15 +18,9 @@ EFFC_NOINLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
     for (int v = 0; v < kVectors; ++v) sums[r][v] = kAdds ? Simd::load(c + r * c_line + v * kWidth) : Simd::zero();
   }
   for (int64_t k = 0; k < steps; ++k) {
-    Float line[kVectors];
-    EFFC_UNROLL
-    for (int v = 0; v < kVectors; ++v) line[v] = Simd::load(b + k * b_line + v * kWidth);
-    EFFC_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Float element = Simd::broadcast(a[r * a_row + k * a_step]);
-      EFFC_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Simd::multiply_add(element, line[v], sums[r][v]);
-    }
+    add_products<Fp32>(
+        sums, [&](int r) { return Simd::broadcast(a[r * a_row + k * a_step]); },
+        [&](int v) { return Simd::load(b + k * b_line + v * kWidth); });
   }
   EFFC_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -38,13 +32,14 @@ EFFC_NOINLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
 template <int kVectors, bool kAdds>
 inline void multiply_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_line,
                           int64_t steps, float* c, int64_t c_line) {
+  constexpr int kMostRows = rows_at_once(6, kVectors);
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
     const float* from = a + row * a_row;
     float* to = c + row * c_line;
-    if (left >= 6) {
-      multiply_tile<6, kVectors, kAdds>(from, a_row, a_step, b, b_line, steps, to, c_line);
-      row += 6;
+    if (left >= kMostRows) {
+      multiply_tile<kMostRows, kVectors, kAdds>(from, a_row, a_step, b, b_line, steps, to, c_line);
+      row += kMostRows;
     } else if (left >= 2) {
       multiply_tile<2, kVectors, kAdds>(from, a_row, a_step, b, b_line, steps, to, c_line);
       row += 2;

@@ -3,7 +3,7 @@
 // A head's rows lie pages apart in [batch, length, heads * head_dim].
 #pragma once
 
-#include "cpu/attention_common.hpp"
+#include "cpu/accumulate.hpp"
 #include "cpu/key_blocks.hpp"
 #include "cpu/packed_slots.hpp"
 
@@ -55,26 +55,54 @@ inline void look_ahead(const Problem& problem, const Pass& pass, const QueryTile
   workspace.outputs = {problem.output + (query - problem.query), stride, next, width, 0};
 }
 
-inline void copy_rows(const float* from, int64_t stride, int rows, int64_t width, float* to) {
+// Columns [begin, end) of `rows` rows, each kWidestPanel of them `panel_step` behind those before. Nothing but loads
+// and stores, so that as many rows as possible are on their way from memory at a time.
+inline void copy_panels(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t row_step,
+                        int64_t panel_step) {
   for (int r = 0; r < rows; ++r) {
-    int64_t d = 0;
-    for (; d + kWidth <= width; d += kWidth) Simd::store(to + r * width + d, Simd::load(from + r * stride + d));
-    for (; d < width; ++d) to[r * width + d] = from[r * stride + d];
+    float* place = to + r * row_step;
+    for (int64_t d = 0; d < columns; d += kWidestPanel, place += panel_step) {
+      EFFC_UNROLL
+      for (int v = 0; v < Simd::kTileVectors; ++v) {
+        Simd::store(place + v * kWidth, Simd::load(from + r * stride + d + v * kWidth));
+      }
+    }
   }
 }
 
-// Keys and values of one block side by side.
+inline void copy_rows(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t row_step) {
+  for (int r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + kWidth <= columns; d += kWidth) Simd::store(to + r * row_step + d, Simd::load(from + r * stride + d));
+    for (; d < columns; ++d) to[r * row_step + d] = from[r * stride + d];
+  }
+}
+
+// Keys of one block side by side, then its values, panel by panel: what one panel's register tiles read stays in the
+// first-level cache and fills all of its sets.
 inline void pack_rows(Fp32, const float* key, const float* value, int64_t stride, int keys, int64_t head_dim,
                       float* slot) {
-  copy_rows(key, stride, keys, head_dim, slot);
-  copy_rows(value, stride, keys, head_dim, slot + kKeyTile * head_dim);
+  const int64_t wide = head_dim - head_dim % kWidestPanel;
+  copy_panels(key, stride, keys, wide, slot, head_dim, kWidestPanel);
+  if (wide < head_dim) copy_rows(key + wide, stride, keys, head_dim - wide, slot + wide, head_dim);
+
+  float* values = slot + kKeyTile * head_dim;
+  int64_t column = 0;
+  while (column < head_dim && panel_from(column, head_dim).columns == kWidestPanel) column += kWidestPanel;
+  copy_panels(value, stride, keys, column, values, kWidestPanel, kWidestPanel * kKeyTile);
+  while (column < head_dim) {
+    const int64_t columns = panel_from(column, head_dim).columns;
+    copy_rows(value + column, stride, keys, columns, values + column * kKeyTile, columns);
+    column += columns;
+  }
 }
 
 // Lets `block` point to packed rows, of which its first key is number `first`.
 inline void use_packed(Fp32, const float* slot, int first, int64_t head_dim, KeyBlock& block) {
   block.key = slot + first * head_dim;
-  block.value = slot + (kKeyTile + first) * head_dim;
-  block.stride = block.value_stride = head_dim;
+  block.stride = head_dim;
+  block.value = slot + kKeyTile * head_dim;
+  block.row_in_panels = first;
 }
 
 // Asks for `width` numbers of each row of a block of keys and values, which may lie behind the last.

@@ -11,8 +11,9 @@ namespace {
 struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
-  // Register tiles: 6 x 4 accumulators and their operands fill 32 registers.
+  // Register tiles: 6 x 4 sums and their operands fill 32 registers.
   static constexpr int kTileVectors = 4;
+  static constexpr int kTileSums = 24;
 
   using Float = __m512;
   using Mask = __mmask16;

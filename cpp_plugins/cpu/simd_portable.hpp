@@ -11,6 +11,7 @@ struct Simd {
   static constexpr const char* kName = "portable";
   static constexpr int kWidth = 4;
   static constexpr int kTileVectors = 2;
+  static constexpr int kTileSums = 12;
 
   typedef float Float __attribute__((vector_size(16)));
   typedef int32_t Mask __attribute__((vector_size(16)));  // all bits of a selected lane are set

@@ -3,6 +3,7 @@
 
 #include "cpu/key_blocks.hpp"
 #include "cpu/packed_keys.hpp"
+#include "cpu/register_tile.hpp"
 #include "cpu/tile_workspace.hpp"
 
 namespace effc::cpu {
@@ -18,20 +19,23 @@ EFFC_NOINLINE void score_tile(const float* query, const float* key, int64_t key_
   }
   EFFC_UNROLL
   for (int64_t d = 0; d < cells; ++d) {
-    Float rows[kVectors];
-    EFFC_UNROLL
-    for (int v = 0; v < kVectors; ++v) rows[v] = Simd::load(query + d * kTileRows + v * kWidth);
-    EFFC_UNROLL
-    for (int j = 0; j < kKeys; ++j) {
-      const Float element = Simd::broadcast(key[j * key_stride + d]);
-      EFFC_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[j][v] = Arithmetic::multiply_add(element, rows[v], sums[j][v]);
-    }
+    add_products<Arithmetic>(
+        sums, [&](int j) { return Simd::broadcast(key[j * key_stride + d]); },
+        [&](int v) { return Simd::load(query + d * kTileRows + v * kWidth); });
   }
   EFFC_UNROLL
   for (int j = 0; j < kKeys; ++j) {
     EFFC_UNROLL
     for (int v = 0; v < kVectors; ++v) Simd::store(scores + j * kTileRows + v * kWidth, sums[j][v]);
+  }
+}
+
+template <class Arithmetic, int kKeys, int kVectors>
+inline void score_vectors(const float* query, const float* key, int64_t key_stride, int64_t cells, float* scores) {
+  constexpr int kAtOnce = rows_at_once(kKeys, kVectors);
+  static_assert(kKeys % kAtOnce == 0, "keys are taken in equal parts");
+  for (int j = 0; j < kKeys; j += kAtOnce) {
+    score_tile<Arithmetic, kAtOnce, kVectors>(query, key + j * key_stride, key_stride, cells, scores + j * kTileRows);
   }
 }
 
@@ -44,14 +48,14 @@ inline void score_keys(const float* query, const float* key, int64_t key_stride,
     const float* from = query + first * kWidth;
     float* to = scores + first * kWidth;
     if (count == 1) {
-      score_tile<Arithmetic, kKeys, 1>(from, key, key_stride, cells, to);
+      score_vectors<Arithmetic, kKeys, 1>(from, key, key_stride, cells, to);
     } else if (count == 2) {
-      score_tile<Arithmetic, kKeys, 2>(from, key, key_stride, cells, to);
+      score_vectors<Arithmetic, kKeys, 2>(from, key, key_stride, cells, to);
     } else if constexpr (Simd::kTileVectors > 2) {
       if (count == 3) {
-        score_tile<Arithmetic, kKeys, 3>(from, key, key_stride, cells, to);
+        score_vectors<Arithmetic, kKeys, 3>(from, key, key_stride, cells, to);
       } else {
-        score_tile<Arithmetic, kKeys, 4>(from, key, key_stride, cells, to);
+        score_vectors<Arithmetic, kKeys, 4>(from, key, key_stride, cells, to);
       }
     }
     first += count;
