@@ -37,7 +37,7 @@ void attend_rows_of_tile(const Call& call, const Pass& pass, const QueryTile& ti
 
   look_ahead(problem, pass, tile, layout, thread);
   constexpr bool kPairs = Arithmetic::kPerCell > 1;
-  const bool packs = kPairs || (layout.rows >= kRowsWorthPacking && layout.key_stride != head_dim);
+  const bool packs = kPairs || layout.rows >= kRowsWorthPacking;
   const bool at_random = draws_at_random(pass.pattern);
   BlockVisibility visibility;
   KeyBlock block;
