@@ -110,18 +110,19 @@ Schedule schedule_for(const Plan& plan, const Pass& pass) {
   schedule.head_tiles = problem.kv_num_heads * divide_up(group, schedule.heads_per_tile);
   schedule.query_tiles = divide_up(queries + schedule.first_cut, schedule.queries_per_tile);
 
-  // One block more than a tile looks at, because the next tile leaves one and meets another.
+  // As many as a tile looks at: the block that the next tile meets takes the place of the one that it leaves.
   const int64_t block_floats = 2 * kKeyTile * problem.head_dim;
   const int64_t slots = std::min<int64_t>(kMaxPackedBlocks, static_cast<int64_t>(kPackedFloats) / block_floats);
   schedule.blocks_per_head =
-      static_cast<int32_t>(std::min(slots, blocks_looked_at(plan, schedule, queries, slots) + 1));
+      static_cast<int32_t>(std::max<int64_t>(1, blocks_looked_at(plan, schedule, queries, slots)));
   // Short inputs are cut finer, so that every thread of a large machine gets something to do.
   const int64_t enough_tasks = kTasksPerThread * std::max(1u, std::thread::hardware_concurrency());
   const int64_t tiles = problem.batch * schedule.subsequences * schedule.head_tiles * schedule.query_tiles;
   const int64_t tiles_per_task = std::max<int64_t>(1, tiles / enough_tasks);
   // Many heads take a task of many tiles, or too few query tiles would be left.
   const int64_t wanted_heads = static_cast<int64_t>(std::sqrt(static_cast<double>(tiles_per_task) / 8));
-  const int64_t kept_heads = static_cast<int64_t>(cached_floats()) / block_floats / schedule.blocks_per_head;
+  // One block of each head is on its way.
+  const int64_t kept_heads = static_cast<int64_t>(cached_floats()) / block_floats / (schedule.blocks_per_head + 1);
   schedule.head_tiles_per_task = static_cast<int32_t>(
       std::clamp<int64_t>(std::min({wanted_heads, kept_heads, schedule.head_tiles}), 1, kMaxHeadTilesPerTask));
   const int64_t most_query_tiles =

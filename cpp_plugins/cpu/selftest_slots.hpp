@@ -12,7 +12,7 @@ namespace effc::cpu::selftest {
 inline std::string check_slots(Position first_blocks) {
   constexpr int kHeads = 2, kWindow = 5, kTiles = 100;
   const auto workspace = std::make_unique<Workspace>();
-  workspace->blocks_per_head = static_cast<int32_t>(first_blocks + kWindow + 1);
+  workspace->blocks_per_head = static_cast<int32_t>(first_blocks + kWindow);
   for (Position& packed : workspace->packed) packed = -1;
   int copies = 0;
   for (Position tile = 0; tile < kTiles; ++tile) {
