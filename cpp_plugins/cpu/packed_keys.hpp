@@ -55,8 +55,8 @@ inline void look_ahead(const Problem& problem, const Pass& pass, const QueryTile
   workspace.outputs = {problem.output + (query - problem.query), stride, next, width, 0};
 }
 
-// Columns [begin, end) of `rows` rows, each kWidestPanel of them `panel_step` behind those before. Nothing but loads
-// and stores, so that as many rows as possible are on their way from memory at a time.
+// Copies `columns` columns, a multiple of kWidestPanel, into panels `panel_step` apart. Little but loads and stores, so
+// that as many rows as possible are on their way from memory at a time.
 inline void copy_panels(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t row_step,
                         int64_t panel_step) {
   for (int r = 0; r < rows; ++r) {
