@@ -29,9 +29,11 @@ EFFC_NOINLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, 
   }
 }
 
+// Always inlined, so that register tiles are compiled for the strides that callers know.
 template <int kVectors, bool kAdds>
-inline void multiply_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_line,
-                          int64_t steps, float* c, int64_t c_line) {
+__attribute__((always_inline)) inline void multiply_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step,
+                                                         const float* b, int64_t b_line, int64_t steps, float* c,
+                                                         int64_t c_line) {
   constexpr int kMostRows = rows_at_once(6, kVectors);
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
@@ -59,6 +61,9 @@ inline void multiply(int64_t rows, int64_t columns, int64_t steps, const float* 
     if (vectors >= Simd::kTileVectors) {
       multiply_rows<Simd::kTileVectors, kAdds>(rows, a, a_row, a_step, b + column, b_line, steps, c + column, c_line);
       column += Simd::kTileVectors * kWidth;
+    } else if (vectors >= 2) {
+      multiply_rows<2, kAdds>(rows, a, a_row, a_step, b + column, b_line, steps, c + column, c_line);
+      column += 2 * kWidth;
     } else {
       multiply_rows<1, kAdds>(rows, a, a_row, a_step, b + column, b_line, steps, c + column, c_line);
       column += kWidth;

@@ -11,8 +11,8 @@ namespace {
 struct Simd {
   static constexpr const char* kName = "avx2";
   static constexpr int kWidth = 8;
-  // Register tiles: 12 sums and their operands fill 16 registers. As 3 rows of 4 vectors they take 7 loads a step, as 6
-  // of 2 they take 8, which is what a neighbour on the same core leaves least of.
+  // Register tiles: 12 sums and their operands fill 16 registers. 3 rows of 4 vectors take 7 loads a step, 6 of 2 take
+  // 8, and loads are what a neighbour on the same core leaves least of.
   static constexpr int kTileVectors = 4;
   static constexpr int kTileSums = 12;
 
